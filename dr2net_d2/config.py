@@ -1,0 +1,146 @@
+"""Config keys that both engines share, and what they mean in terms of ``core``.
+
+Works on any fvcore ``CfgNode``; Detectron2's is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from dr2net_d2.core import CoefficientSchedule
+from dr2net_d2.errors import ConfigError, config_section
+
+
+def add_dr2net_config(cfg: CfgNode) -> None:
+    """Add the keys of this project to a config: MODEL.VIT.*, MODEL.DR2NET.*, two of SOLVER."""
+    node = type(cfg)
+
+    # The plain ViT; the defaults are ViTDet-B. Both stock and Dr2Net backbones read these.
+    cfg.MODEL.VIT = vit = node()
+    # Side in px that relative position tables of global attention are sized for.
+    vit.IMG_SIZE = 1024
+    vit.PATCH_SIZE = 16
+    vit.EMBED_DIM = 768
+    vit.DEPTH = 12
+    vit.NUM_HEADS = 12
+    vit.MLP_RATIO = 4.0
+    vit.QKV_BIAS = True
+    # Stochastic depth rate of the last block; it grows linearly from 0 at the first.
+    vit.DROP_PATH_RATE = 0.1
+    vit.USE_ABS_POS = True
+    vit.USE_REL_POS = True
+    # Window side in tokens, and the blocks that attend within windows; the others are global.
+    vit.WINDOW_SIZE = 14
+    vit.WINDOW_BLOCK_INDEXES = [0, 1, 3, 4, 6, 7, 9, 10]
+    # Side in px of the pretraining images, which sizes the absolute position table.
+    vit.PRETRAIN_IMG_SIZE = 224
+    vit.PRETRAIN_USE_CLS_TOKEN = True
+    # Pyramid levels: stride = PATCH_SIZE / scale. Their width is MODEL.FPN.OUT_CHANNELS.
+    vit.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
+    # Pad every image to this square, in px; 0 pads only as far as the strides need.
+    vit.SQUARE_PAD = 0
+
+    cfg.MODEL.DR2NET = dr2net = node()
+    # False stores activations as an ordinary network does, with the same arithmetic.
+    dr2net.REVERSIBLE = True
+    # "exact" (fixed-point streams, inverted bit for bit) or "float" (the literature's way).
+    dr2net.ARITHMETIC = "exact"
+    # The state before the first step: "copy" of the first, or "zero".
+    dr2net.FIRST_STATE = "copy"
+    # What the backbone returns: the "last" stream or the "mean" of the last two.
+    dr2net.OUTPUT = "last"
+    # Patterns of model keys that a detector checkpoint may lack or have in another shape.
+    dr2net.ALLOW_PARTIAL = []
+    # How alpha and beta move during training; see core.CoefficientSchedule.
+    dr2net.SCHEDULE = node()
+    dr2net.SCHEDULE.KIND = "convex"
+    dr2net.SCHEDULE.START_BETA = 1 / 16
+    dr2net.SCHEDULE.END_BETA = 0.5
+    # The fraction of training after which the final coefficients hold.
+    dr2net.SCHEDULE.DURATION = 0.5
+    # Number of stages within it; 0 moves every iteration.
+    dr2net.SCHEDULE.UPDATES = 0
+
+    # "SGD" or "AdamW".
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Learning-rate factor per ViT layer, counted down from the head; 1 turns it off.
+    cfg.SOLVER.LAYER_DECAY = 1.0
+
+
+def vit_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Keyword arguments that Detectron2's ``ViT`` and our ``Dr2NetViT`` have in common."""
+    vit = cfg.MODEL.VIT
+    return {
+        "img_size": vit.IMG_SIZE,
+        "patch_size": vit.PATCH_SIZE,
+        "in_chans": len(cfg.MODEL.PIXEL_MEAN),
+        "embed_dim": vit.EMBED_DIM,
+        "depth": vit.DEPTH,
+        "num_heads": vit.NUM_HEADS,
+        "mlp_ratio": vit.MLP_RATIO,
+        "qkv_bias": vit.QKV_BIAS,
+        "drop_path_rate": vit.DROP_PATH_RATE,
+        "use_abs_pos": vit.USE_ABS_POS,
+        "use_rel_pos": vit.USE_REL_POS,
+        "window_size": vit.WINDOW_SIZE,
+        "window_block_indexes": tuple(vit.WINDOW_BLOCK_INDEXES),
+        "pretrain_img_size": vit.PRETRAIN_IMG_SIZE,
+        "pretrain_use_cls_token": vit.PRETRAIN_USE_CLS_TOKEN,
+    }
+
+
+def dr2net_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Keyword arguments that only ``Dr2NetViT`` has."""
+    dr2net = cfg.MODEL.DR2NET
+    return {
+        "reversible": dr2net.REVERSIBLE,
+        "arithmetic": dr2net.ARITHMETIC,
+        "first_state": dr2net.FIRST_STATE,
+        "output": dr2net.OUTPUT,
+    }
+
+
+def coefficient_schedule(cfg: CfgNode) -> CoefficientSchedule:
+    """The schedule of MODEL.DR2NET.SCHEDULE."""
+    schedule = cfg.MODEL.DR2NET.SCHEDULE
+    with config_section("MODEL.DR2NET.SCHEDULE"):
+        return CoefficientSchedule(
+            kind=schedule.KIND,
+            start_beta=schedule.START_BETA,
+            end_beta=schedule.END_BETA,
+            duration=schedule.DURATION,
+            updates=schedule.UPDATES,
+            exact=cfg.MODEL.DR2NET.ARITHMETIC == "exact",
+        )
+
+
+def merge_config(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> None:
+    """Merge a YAML file (with ``_BASE_``) and ``KEY VALUE`` pairs into ``cfg``.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, a value of a wrong type.
+    """
+    if not Path(config_file).is_file():
+        raise ConfigError(f"config file {config_file!r} does not exist; see configs/ for some")
+    if len(overrides) % 2:
+        raise ConfigError(
+            f"overrides come as KEY VALUE pairs, but {list(overrides)} has {len(overrides)} words"
+        )
+    try:
+        cfg.merge_from_file(config_file)
+    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {config_file}: {_one_line(error)}") from error
+    try:
+        cfg.merge_from_list(list(overrides))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(f"command line: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(message).split())

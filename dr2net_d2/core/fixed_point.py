@@ -1,0 +1,231 @@
+"""Residual streams in fixed point, where every step of the coupling has an exact inverse.
+
+Legend, for one step i of a stack:
+    H       int32 (int64 for float64 models), the stream h as round(h * 2^k)
+    beta    m / 2^s with m odd (or s = 0), a multiple of 1/16
+    T       round(2^k * (F(h_{i-1}) + alpha * h_{i-1})), computed alike in both directions
+
+    forward   T from H_{i-1};   m * H_{i-2} = Q * 2^s + r,  0 <= r < 2^s;   H_i = T + Q;   keep r
+    inverse   T from H_{i-1};   Q = H_i - T;   H_{i-2} = (Q * 2^s + r) / m
+
+The s bits of r are all that h_i lacks. To stay inside the integer type H is split as A * 2^s + b:
+then r = m * b mod 2^s, Q = m * A + (m * b >> s), and the inverse gets b and A by multiplying with
+the inverses of m modulo 2^s and modulo 2^32: no division, no overflow. At beta = 0 nothing of
+h_{i-2} reaches h_i, and H_{i-2} itself is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from dr2net_d2.core.coefficients import HostScalars
+from dr2net_d2.core.coupling import couple, uncouple
+from dr2net_d2.core.schedule import BETA_GRID
+
+INTEGER_TYPES = {torch.float32: torch.int32, torch.float64: torch.int64}
+HEADROOM_BITS = 3
+
+
+def _parts(width: int) -> list[tuple[int, int]]:
+    """(shift, bits) pairs that split ``width`` bits into powers of two: 3 -> [(0, 2), (2, 1)]."""
+    parts, shift = [], 0
+    for bits in (8, 4, 2, 1):
+        if width & bits:
+            parts.append((shift, bits))
+            shift += bits
+    return parts
+
+
+def pack_bits(values: Tensor, width: int) -> Tensor:
+    """Pack integers of ``width`` bits (1 to 8) into bytes at that width, no more.
+
+    Args:
+        values: any shape, integers in [0, 2^width).
+
+    Returns:
+        uint8 (n,), about ``values.numel() * width / 8`` bytes.
+    """
+    flat = values.to(torch.uint8).flatten()
+    packed = []
+    for shift, bits in _parts(width):
+        per_byte = 8 // bits
+        piece = (flat >> shift) & (2**bits - 1)
+        rows = torch.nn.functional.pad(piece, (0, -len(piece) % per_byte)).view(per_byte, -1)
+        byte = rows[0].clone()
+        for j in range(1, per_byte):
+            byte |= rows[j] << (j * bits)
+        packed.append(byte)
+    return torch.cat(packed)
+
+
+def unpack_bits(packed: Tensor, width: int, shape: torch.Size) -> Tensor:
+    """The uint8 values of ``shape`` that ``pack_bits`` packed."""
+    numel = shape.numel()
+    flat = packed.new_zeros(numel)
+    start = 0
+    for shift, bits in _parts(width):
+        per_byte = 8 // bits
+        byte = packed[start : start + -(-numel // per_byte)]
+        start += len(byte)
+        piece = torch.cat([(byte >> (j * bits)) & (2**bits - 1) for j in range(per_byte)])
+        flat |= piece[:numel] << shift
+    return flat.view(shape)
+
+
+def _inverse_modulo(m: int, bits: int) -> int:
+    """The inverse of odd m modulo 2^bits, as a signed integer of that width."""
+    inverse = pow(m, -1, 1 << bits)
+    return inverse - (1 << bits) if inverse >= 1 << (bits - 1) else inverse
+
+
+class FloatStream:
+    """Streams in floating point: the literature's way, inexact. Same interface as the exact one."""
+
+    def encode(self, h: Tensor) -> Tensor:
+        return h
+
+    def decode(self, state: Tensor) -> Tensor:
+        return state
+
+    def step(
+        self, f: Tensor, h1: Tensor, state2: Tensor, alpha: float, beta: float
+    ) -> tuple[Tensor, Tensor | None]:
+        return couple(f, h1, state2, alpha, beta), (state2 if beta == 0 else None)
+
+    def inverse(
+        self, state: Tensor, f: Tensor, h1: Tensor, kept: Tensor | None, alpha: float, beta: float
+    ) -> Tensor:
+        return kept if kept is not None else uncouple(state, f, h1, alpha, beta)
+
+
+class FixedPointStream:
+    """Streams as integers ``round(h * 2^exponent)``; one object serves one pass.
+
+    Args:
+        exponent: k, the number of fractional bits.
+        dtype: torch.float32 or torch.float64, the dtype of the decoded stream.
+    """
+
+    def __init__(self, exponent: int, dtype: torch.dtype) -> None:
+        self.exponent = exponent
+        self.dtype = dtype
+        self.integer = INTEGER_TYPES[dtype]
+        self.bits = torch.iinfo(self.integer).bits
+        self._extremes: list[Tensor] = []
+
+    def encode(self, h: Tensor) -> Tensor:
+        """h -> H."""
+        scaled = h.mul(2.0**self.exponent)
+        self._observe(scaled)
+        return scaled.round_().to(self.integer)
+
+    def decode(self, state: Tensor) -> Tensor:
+        """H -> h."""
+        return state.to(self.dtype).mul_(2.0**-self.exponent)
+
+    def step(
+        self, f: Tensor, h1: Tensor, state2: Tensor, alpha: float, beta: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step forward.
+
+        Args:
+            f: F_i(h_{i-1}), any floating dtype.
+            h1: h_{i-1}, decoded.
+            state2: H_{i-2}.
+
+        Returns:
+            H_i and what has to be kept for the inverse: the packed remainder (s bits an element),
+            H_{i-2} itself at beta = 0, None at beta = 1.
+        """
+        state = self._target(f, h1, alpha, observe=True)
+        m, s = _fraction(beta)
+        if m == 0:
+            return state, state2
+        if s == 0:
+            kept = None
+            state += state2
+        else:
+            low = (state2 & (2**s - 1)).mul_(m)
+            kept = pack_bits(low & (2**s - 1), s)
+            state += (state2 >> s).mul_(m).add_(low.bitwise_right_shift_(s))
+        self._observe(state)
+        return state, kept
+
+    def inverse(
+        self, state: Tensor, f: Tensor, h1: Tensor, kept: Tensor | None, alpha: float, beta: float
+    ) -> Tensor:
+        """One step back: H_{i-2} from H_i, from F_i(h_{i-1}) computed again, and from ``kept``."""
+        m, s = _fraction(beta)
+        if m == 0:
+            assert kept is not None
+            return kept
+        quotient = state - self._target(f, h1, alpha)
+        if kept is None:
+            return quotient
+        low = unpack_bits(kept, s, state.shape).to(self.integer)
+        low = low.mul_(_inverse_modulo(m, s)).bitwise_and_(2**s - 1)
+        quotient -= (low * m).bitwise_right_shift_(s)
+        # Integer products wrap around, which is what an inverse modulo 2^bits needs.
+        quotient *= _inverse_modulo(m, self.bits)
+        return quotient.bitwise_left_shift_(s).bitwise_or_(low)
+
+    def peak(self) -> float:
+        """The largest |h| seen by ``step`` so far (nan if one was): one host synchronisation."""
+        largest = torch.stack(self._extremes).abs().amax()
+        return float(largest) * 2.0**-self.exponent
+
+    def overflowed(self, peak: float) -> bool:
+        """Whether sums of two streams of this peak could leave the integer type; true for nan."""
+        return not peak * 2.0**self.exponent < 2.0 ** (self.bits - 2)
+
+    def _target(self, f: Tensor, h1: Tensor, alpha: float, observe: bool = False) -> Tensor:
+        scaled = f.to(self.dtype).add(h1, alpha=alpha).mul_(2.0**self.exponent)
+        if observe:
+            self._observe(scaled)
+        return scaled.round_().to(self.integer)
+
+    def _observe(self, values: Tensor) -> None:
+        self._extremes.extend(extreme.to(self.dtype) for extreme in torch.aminmax(values))
+
+
+class StreamRange(HostScalars):
+    """The running peak of |h|, from which the number of fractional bits follows.
+
+    The peak is saved with the model. 0 means that no pass has been seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(peak=0.0)
+
+    @property
+    def measured(self) -> bool:
+        return self._host["peak"] > 0
+
+    def widen(self, peak: float) -> None:
+        if peak > self._host["peak"]:
+            self.assign(peak=peak)
+
+    def exponent(self, dtype: torch.dtype) -> int:
+        """k: the largest that keeps 8x headroom over the peak in the integer type."""
+        bits = torch.iinfo(INTEGER_TYPES[dtype]).bits - 1
+        # The least tiny peak still gives an exponent whose powers of two are finite floats.
+        return bits - HEADROOM_BITS - math.ceil(math.log2(max(self._host["peak"], 2.0**-40)))
+
+
+def _fraction(beta: float) -> tuple[int, int]:
+    """(m, s) with beta = m / 2^s in lowest terms.
+
+    Raises:
+        ValueError: beta is not a multiple of 1/16.
+    """
+    fraction = Fraction(beta)
+    if BETA_GRID % fraction.denominator:
+        raise ValueError(
+            f"beta is {beta}; exact arithmetic needs a multiple of 1/{BETA_GRID} "
+            "(Coefficients snaps to it unless grid=None)"
+        )
+    return fraction.numerator, fraction.denominator.bit_length() - 1

@@ -1,0 +1,116 @@
+"""The simple feature pyramid of ViTDet: all levels from the last feature map alone.
+
+Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", arXiv 2203.16527,
+section 3. Parameter names are Detectron2's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dr2net_d2.core.vit import Dr2NetViT
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (N, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In the parameters' precision under autocast too, as layer_norm itself does.
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNorm(nn.Conv2d):
+    """A convolution without bias, followed by its LayerNorm ``norm``."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False
+        )
+        self.norm = ChannelLayerNorm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """Feature maps of several strides from a single-scale backbone.
+
+    Args:
+        net: the backbone; has ``embed_dim``, ``patch_size`` and ``out_feature``, and gives a dict.
+        out_channels: channels of every level.
+        scale_factors: each of 4, 2, 1 or 0.5, descending; level p<n> has stride
+            2^n = patch_size / scale.
+        top_level: add one level of twice the last stride by subsampling, as Detectron2's
+            ``LastLevelMaxPool`` does.
+
+    Shape: (N, 3, H, W), H and W multiples of ``size_divisibility`` ->
+    {"p2": (N, out_channels, H / 4, W / 4), ...}, finest level first.
+
+    Raises:
+        ValueError: a scale factor that is not offered, or strides that are no powers of two.
+    """
+
+    def __init__(
+        self,
+        net: Dr2NetViT,
+        out_channels: int = 256,
+        scale_factors: Sequence[float] = (4.0, 2.0, 1.0, 0.5),
+        top_level: bool = True,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.out_channels = out_channels
+        self.top_level = top_level
+        self.strides: dict[str, int] = {}
+        for scale in scale_factors:
+            level = math.log2(net.patch_size / scale)
+            if level != int(level) or level < 0:
+                raise ValueError(
+                    f"scale factor {scale} of patch size {net.patch_size} gives a stride of "
+                    f"{net.patch_size / scale} px; strides must be powers of two"
+                )
+            self.add_module(f"simfp_{int(level)}", _stage(net.embed_dim, out_channels, scale))
+            self.strides[f"p{int(level)}"] = 2 ** int(level)
+        self._levels = list(self.strides)
+        self.size_divisibility = max(*self.strides.values(), net.patch_size)
+        if top_level:
+            last = max(self.strides.values())
+            self.strides[f"p{int(math.log2(last)) + 1}"] = 2 * last
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        feature = self.net(x)[self.net.out_feature]
+        maps = [self.get_submodule(f"simfp_{name[1:]}")(feature) for name in self._levels]
+        if self.top_level:
+            maps.append(F.max_pool2d(maps[-1], kernel_size=1, stride=2))
+        return dict(zip(self.strides, maps, strict=True))
+
+
+def _stage(dim: int, out_channels: int, scale: float) -> nn.Sequential:
+    resize: list[nn.Module]
+    if scale == 4:
+        resize = [
+            nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2),
+            ChannelLayerNorm(dim // 2),
+            nn.GELU(),
+            nn.ConvTranspose2d(dim // 2, dim // 4, kernel_size=2, stride=2),
+        ]
+        dim //= 4
+    elif scale == 2:
+        resize = [nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2)]
+        dim //= 2
+    elif scale == 1:
+        resize = []
+    elif scale == 0.5:
+        resize = [nn.MaxPool2d(kernel_size=2, stride=2)]
+    else:
+        raise ValueError(f"scale factor {scale} is not offered; use 4, 2, 1 or 0.5")
+    return nn.Sequential(
+        *resize, ConvNorm(dim, out_channels, 1), ConvNorm(out_channels, out_channels, 3)
+    )

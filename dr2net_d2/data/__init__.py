@@ -1,0 +1,75 @@
+"""Datasets in COCO format, for any engine; no detector framework is imported here."""
+
+import os
+from pathlib import Path
+
+from dr2net_d2.data.coco import CocoDataset, CocoRecord, load_coco, read_image
+from dr2net_d2.data.small_digits import (
+    SmallDigitsConfig,
+    digit_samples,
+    draw_canvas,
+    make_small_digits,
+    small_digits_from_name,
+)
+from dr2net_d2.errors import DatasetError
+
+__all__ = [
+    "CocoDataset",
+    "CocoRecord",
+    "DatasetError",
+    "SmallDigitsConfig",
+    "digit_samples",
+    "draw_canvas",
+    "load_coco",
+    "make_small_digits",
+    "read_image",
+    "register_coco_json",
+    "resolve_dataset",
+    "small_digits_from_name",
+]
+
+_COCO_SPLITS = {"coco_2017_train": "train2017", "coco_2017_val": "val2017"}
+_SMALL_DIGITS = "small_digits_"
+_registered: dict[str, tuple[Path, Path]] = {}
+
+
+def register_coco_json(name: str, json_file: str | Path, image_root: str | Path) -> None:
+    """Give a COCO-format dataset a name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+
+    Args:
+        name: the new name. Registering the same files under it again changes nothing.
+        json_file: the annotation file; it is read when the dataset is used.
+        image_root: the folder that the JSON's ``file_name`` values are relative to.
+
+    Raises:
+        DatasetError: the name already stands for other files.
+    """
+    files = (Path(json_file), Path(image_root))
+    taken = name in _COCO_SPLITS or name.startswith(_SMALL_DIGITS)
+    if taken or _registered.get(name, files) != files:
+        meaning = "a built-in dataset" if taken else str(_registered[name][0])
+        raise DatasetError(f"dataset {name!r} already stands for {meaning}; choose another name")
+    _registered[name] = files
+
+
+def resolve_dataset(name: str) -> tuple[Path, Path]:
+    """Find the annotation file and the image folder of a named dataset.
+
+    "small_digits_*" makes its canvases at the first use. "coco_2017_train" and "coco_2017_val"
+    lie under $DETECTRON2_DATASETS (default "datasets"); ``load_coco`` checks that they are there.
+
+    Raises:
+        DatasetError: the name is not known, or a SmallDigits dataset cannot be made.
+    """
+    if name.startswith(_SMALL_DIGITS):
+        return make_small_digits(small_digits_from_name(name))
+    if name in _COCO_SPLITS:
+        root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / "coco"
+        split = _COCO_SPLITS[name]
+        return root / "annotations" / f"instances_{split}.json", root / split
+    if name in _registered:
+        return _registered[name]
+    known = ", ".join([*_COCO_SPLITS, f"{_SMALL_DIGITS}train", f"{_SMALL_DIGITS}val", *_registered])
+    raise DatasetError(
+        f"dataset {name!r} is not known; use one of {known}, or register_coco_json for your own"
+    )

@@ -1,0 +1,349 @@
+"""SmallDigits: real small objects that need no download.
+
+scikit-learn's handwritten digits, 8 to 28 px, on textured and cluttered canvases in COCO format.
+A canvas does not depend on num_images: a larger dataset begins with a smaller one's images.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from dr2net_d2.errors import DatasetError
+
+# Raise it whenever a canvas changes, so that no cache of older canvases is taken for new.
+_VERSION = 1
+_SPLITS = ("train", "val")
+_DEFAULT_IMAGES = {"train": 400, "val": 100}
+_MAX_SIZE = 4096
+_NAME = "small_digits_{train|val}[_n<images>][_s<size>|_s<height>x<width>][_d<objects>]"
+_NAME += "[_min<px>][_max<px>][_seed<seed>]"
+_TOKEN = re.compile(r"(n|s|d|min|max|seed)(\d+)(?:x(\d+))?")
+_FIELDS = {"n": "num_images", "s": "size", "d": "objects", "min": "min_side", "max": "max_side"}
+_PLACEMENT_ROUNDS = 10
+_MAX_OVERLAP = 0.1
+_MIN_ALPHA = 0.15
+
+
+@dataclass(frozen=True)
+class SmallDigitsConfig:
+    """What a SmallDigits dataset holds.
+
+    Attributes:
+        split: "train" or "val"; no digit sample occurs in both.
+        num_images: number of canvases; 400 (train) or 100 (val) when None.
+        size: canvas side, or (height, width), in pixels, up to 4096.
+        objects: mean number of digits per canvas, 0.5 to 1.5 times that; fewer without room.
+        min_side, max_side: bounds of a digit's longer side, in pixels.
+        seed: another seed gives other canvases.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    split: str
+    num_images: int | None = None
+    size: int | tuple[int, int] = 256
+    objects: int = 12
+    min_side: int = 8
+    max_side: int = 28
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check("split", self.split, _SPLITS)
+        if self.num_images is None:
+            object.__setattr__(self, "num_images", _DEFAULT_IMAGES[self.split])
+        _check("num_images", self.num_images, range(1, 1_000_001))
+        _check("objects", self.objects, range(1, 100_001))
+        _check("seed", self.seed, range(2**63))
+        _check("max_side", self.max_side, range(4, _MAX_SIZE // 2 + 1))
+        _check("min_side", self.min_side, range(4, self.max_side + 1))
+        if len(self.shape) != 2:
+            raise ValueError(f"size is {self.size!r}; give a side or (height, width) in pixels")
+        for side in self.shape:
+            _check("size", side, range(2 * self.max_side, _MAX_SIZE + 1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Canvas height and width in pixels."""
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+
+    @property
+    def name(self) -> str:
+        """The name with every value, which ``small_digits_from_name`` reads back."""
+        height, width = self.shape
+        return (
+            f"small_digits_{self.split}_n{self.num_images}_s{height}x{width}_d{self.objects}"
+            f"_min{self.min_side}_max{self.max_side}_seed{self.seed}"
+        )
+
+
+def small_digits_from_name(name: str) -> SmallDigitsConfig:
+    """Read a dataset name such as "small_digits_train" or "small_digits_val_n64_s512_d40_seed3".
+
+    Raises:
+        DatasetError: (a ValueError) the name is not of this form, or a value is not allowed.
+    """
+    prefix, _, rest = name.partition("small_digits_")
+    split, *tokens = rest.split("_")
+    if prefix or split not in _SPLITS:
+        raise DatasetError(f"dataset {name!r} is not known; write {_NAME}")
+    values: dict[str, Any] = {}
+    for token in tokens:
+        match = _TOKEN.fullmatch(token)
+        field = _FIELDS.get(match[1], match[1]) if match else ""
+        if not match or field in values or (match[3] and field != "size"):
+            raise DatasetError(f"dataset {name!r}: {token!r} is not understood; write {_NAME}")
+        values[field] = (int(match[2]), int(match[3])) if match[3] else int(match[2])
+    try:
+        return SmallDigitsConfig(split, **values)
+    except ValueError as error:
+        raise DatasetError(f"dataset {name!r}: {error}") from None
+
+
+@lru_cache
+def digit_samples(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The handwritten digits of a split: every fifth of each class is "val", the rest "train".
+
+    Returns:
+        ``(n, 8, 8)`` float32 ink in [0, 1], and ``(n,)`` int64 labels. Both are read-only.
+
+    Raises:
+        ValueError: the split is not known.
+    """
+    _check("split", split, _SPLITS)
+    from sklearn.datasets import load_digits  # slow to import, and only this dataset needs it
+
+    digits = load_digits()
+    rank = [(digits.target[:i] == label).sum() for i, label in enumerate(digits.target)]
+    chosen = (np.array(rank) % 5 == 4) == (split == "val")
+    images = (digits.images[chosen] / 16).astype(np.float32)
+    labels = digits.target[chosen].astype(np.int64)
+    for array in (images, labels):
+        array.setflags(write=False)
+    return images, labels
+
+
+def draw_canvas(config: SmallDigitsConfig, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw one canvas; the same arguments give the same pixels.
+
+    Returns:
+        The image, ``(height, width, 3)`` uint8 BGR; boxes tight around the ink, ``(n, 4)``
+        float32 XYXY in pixels; labels, ``(n,)`` int64, 0 to 9.
+    """
+    rng = np.random.default_rng((config.seed, _SPLITS.index(config.split), index))
+    background = _draw_background(config.shape, rng)
+    samples, sample_labels = digit_samples(config.split)
+    image = background.copy()
+    count = int(rng.integers((config.objects + 1) // 2, config.objects * 3 // 2 + 1))
+    boxes = np.zeros((count, 4), dtype=np.float32)
+    labels = np.zeros(count, dtype=np.int64)
+    placed = 0
+    for _ in range(count):
+        sample = int(rng.integers(len(samples)))
+        side = int(rng.integers(config.min_side, config.max_side + 1))
+        alpha = _ink(samples[sample], side, rng)[..., None]
+        box = _find_room(config.shape, alpha.shape[:2], boxes[:placed], rng)
+        if box is None:
+            continue
+        x0, y0, x1, y1 = box
+        under = background[y0:y1, x0:x1].astype(np.float32)
+        blend = image[y0:y1, x0:x1] * (1 - alpha) + alpha * _ink_colour(under, rng)
+        image[y0:y1, x0:x1] = np.rint(blend).astype(np.uint8)
+        boxes[placed], labels[placed] = box, sample_labels[sample]
+        placed += 1
+    return image, boxes[:placed], labels[:placed]
+
+
+def make_small_digits(
+    config: SmallDigitsConfig, cache_dir: str | Path | None = None
+) -> tuple[Path, Path]:
+    """Make a SmallDigits dataset, or reuse an intact one.
+
+    A dataset that is incomplete, damaged or of another version is made anew. It is built aside
+    and moved into place whole, so an interrupted call leaves nothing behind, and processes that
+    make the same dataset at once do not disturb each other.
+
+    Args:
+        config: what to draw.
+        cache_dir: where datasets are kept; $DR2NET_CACHE or ~/.cache/dr2net_d2 when None.
+
+    Returns:
+        The COCO-format JSON and the image folder.
+
+    Raises:
+        DatasetError: the cache folder cannot be written.
+    """
+    root = cache_dir or os.environ.get("DR2NET_CACHE") or "~/.cache/dr2net_d2"
+    folder = Path(root).expanduser() / config.name
+    if not _is_intact(folder, config):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".making_", dir=folder.parent) as scratch:
+                _write_dataset(Path(scratch) / "built", config)
+                _install(Path(scratch), folder, config)
+        except OSError as error:
+            raise DatasetError(
+                f"{folder}: cannot be written ({error}); set DR2NET_CACHE to a writable folder"
+            ) from error
+    return folder / "annotations.json", folder / "images"
+
+
+def _check(name: str, value: Any, allowed: range | tuple[str, ...]) -> None:
+    if type(value) is not type(allowed[0]) or value not in allowed:
+        word = "to" if isinstance(allowed, range) else "or"
+        raise ValueError(f"{name} is {value!r}; use {allowed[0]} {word} {allowed[-1]}")
+
+
+def _draw_background(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """A textured canvas with clutter and without digits: ``(h, w, 3)`` uint8 in [30, 225]."""
+    height, width = shape
+    base = rng.uniform(85, 170) + rng.uniform(-15, 15, 3)
+    texture = np.full((height, width, 3), base, dtype=np.float32)
+    for cell, strength in ((96, 12), (24, 5)):
+        nodes = (height // cell + 2, width // cell + 2, 3)
+        grid = strength * rng.standard_normal(nodes, dtype=np.float32)
+        texture += cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
+    tone = texture.mean(axis=(0, 1))
+    canvas = np.rint(np.clip(texture, 30, 225)).astype(np.uint8)
+    for _ in range(rng.poisson(height * width / 256**2 * 22)):
+        _draw_clutter(canvas, tone, rng)
+    grain = 3 * rng.standard_normal((height, width, 1), dtype=np.float32)
+    blurred = cv2.GaussianBlur(canvas, (3, 3), 0.6)
+    return np.asarray(np.rint(np.clip(blurred + grain, 30, 225)), dtype=np.uint8)
+
+
+def _draw_clutter(canvas: np.ndarray, tone: np.ndarray, rng: np.random.Generator) -> None:
+    """Draw one line, blob, stroke or shape into a uint8 canvas. None of them is a digit."""
+    height, width = canvas.shape[:2]
+    x, y = int(rng.integers(width)), int(rng.integers(height))
+    contrast = rng.choice((-1, 1)) * rng.uniform(15, 60) + rng.uniform(-15, 15, 3)
+    colour = np.clip(tone + contrast, 30, 225).tolist()
+    angle, thickness, kind = rng.uniform(0, 360), int(rng.integers(1, 3)), rng.integers(4)
+    if kind < 2:
+        # An arc is half a turn at most, so that it is no "0".
+        turn, weight = (360.0, -1) if kind == 0 else (rng.uniform(50, 180), thickness + 1)
+        axes = rng.integers(3, 12, 2).tolist()
+        cv2.ellipse(canvas, (x, y), axes, angle, 0, turn, colour, weight, cv2.LINE_AA)
+    else:
+        # A line is longer than a digit, so that it is no "1".
+        corners = 2 if kind == 2 else int(rng.integers(3, 5))
+        reach = rng.uniform(20, 60) if kind == 2 else rng.uniform(4, 12)
+        turns = np.radians(angle) + 2 * np.pi * np.arange(corners) / corners
+        points = (x, y) + reach * np.column_stack((np.cos(turns), np.sin(turns)))
+        cv2.polylines(
+            canvas, [np.rint(points).astype(np.int32)], True, colour, thickness, cv2.LINE_AA
+        )
+
+
+def _ink(sample: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Opacity of a digit, ``(h, w)`` float32: 0, or 0.15 to 1; its border rows have ink."""
+    large = cv2.resize(np.pad(sample, 2), (96, 96), interpolation=cv2.INTER_CUBIC)
+    turn = cv2.getRotationMatrix2D((48, 48), rng.uniform(-12, 12), 1)
+    large = np.clip(cv2.warpAffine(large, turn, (96, 96), flags=cv2.INTER_LINEAR), 0, 1)
+    large = _crop(large, 0.4)
+    height, width = (max(1, round(n * side / max(large.shape))) for n in large.shape)
+    alpha = cv2.resize(large, (width, height), interpolation=cv2.INTER_AREA)
+    # Steeper than the 8 x 8 greys, which are too faint to read at 8 px.
+    alpha = np.clip((alpha - 0.25) / 0.55, 0, 1)
+    alpha[alpha < _MIN_ALPHA] = 0
+    return _crop(alpha, _MIN_ALPHA)
+
+
+def _crop(values: np.ndarray, threshold: float) -> np.ndarray:
+    inside = values >= threshold
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    return values[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _ink_colour(under: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A colour that stands out from ``(h, w, 3)`` pixels in [30, 225], lighter or darker."""
+    sign = rng.choice((-1, 1))
+    contrast = rng.uniform(60, 140) + rng.uniform(-15, 15, 3)
+    colour = np.median(under, axis=(0, 1)) + sign * contrast
+    # Beyond the extremes as well, or a digit's stroke is lost where it crosses clutter.
+    limit = under.max(axis=(0, 1)) + 20 if sign > 0 else under.min(axis=(0, 1)) - 20
+    beyond = np.maximum if sign > 0 else np.minimum
+    return np.asarray(np.clip(beyond(colour, limit), 0, 255))
+
+
+def _find_room(
+    shape: tuple[int, int], ink: tuple[int, ...], boxes: np.ndarray, rng: np.random.Generator
+) -> tuple[int, int, int, int] | None:
+    """A place where at most a tenth of the smaller of two boxes is shared; None if not found."""
+    (height, width), (h, w) = shape, ink
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    for _ in range(_PLACEMENT_ROUNDS):
+        corners = rng.integers((width - w + 1, height - h + 1), size=(5, 2))
+        near, far = corners[:, None], corners[:, None] + (w, h)
+        shared = np.minimum(boxes[:, 2:], far) - np.maximum(boxes[:, :2], near)
+        overlap = shared.clip(min=0).prod(axis=2) / np.minimum(areas, h * w)
+        free = np.flatnonzero((overlap <= _MAX_OVERLAP).all(axis=1))
+        if free.size:
+            x, y = corners[free[0]].tolist()
+            return x, y, x + w, y + h
+    return None
+
+
+def _file_names(config: SmallDigitsConfig) -> list[str]:
+    assert config.num_images is not None
+    return [f"{index:06d}.png" for index in range(config.num_images)]
+
+
+def _write_dataset(folder: Path, config: SmallDigitsConfig) -> None:
+    (folder / "images").mkdir(parents=True)
+    height, width = config.shape
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index, file_name in enumerate(_file_names(config)):
+        image, boxes, labels = draw_canvas(config, index)
+        (folder / "images" / file_name).write_bytes(cv2.imencode(".png", image)[1].tobytes())
+        images.append({"id": index + 1, "file_name": file_name, "height": height, "width": width})
+        for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
+            box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
+            ids = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": label + 1}
+            annotations.append({**ids, **box, "iscrowd": 0})
+    document = {
+        "info": {"description": config.name, "version": str(_VERSION)},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": digit + 1, "name": str(digit)} for digit in range(10)],
+    }
+    (folder / "annotations.json").write_text(json.dumps(document))
+    (folder / "manifest.json").write_bytes(_manifest(folder, config))
+
+
+def _manifest(folder: Path, config: SmallDigitsConfig) -> bytes:
+    """What manifest.json holds when the files of a dataset are as they are now."""
+    names = ["annotations.json", *(f"images/{name}" for name in _file_names(config))]
+    checksums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    return json.dumps({"version": _VERSION, "name": config.name, "sha256": checksums}).encode()
+
+
+def _is_intact(folder: Path, config: SmallDigitsConfig) -> bool:
+    try:
+        return (folder / "manifest.json").read_bytes() == _manifest(folder, config)
+    except OSError:
+        return False
+
+
+def _install(scratch: Path, folder: Path, config: SmallDigitsConfig) -> None:
+    """Move ``scratch/built`` into place, unless another process has put the same there."""
+    for attempt in range(10):
+        with suppress(OSError):
+            (scratch / "built").rename(folder)
+        if _is_intact(folder, config):
+            return
+        # Damaged, or moved away by another process since.
+        with suppress(FileNotFoundError):
+            folder.rename(scratch / f"replaced{attempt}")
+    raise OSError("still not intact after 10 tries to move it into place")

@@ -1,0 +1,33 @@
+"""Errors that are the user's to mend: commands print them as one line and exit with code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: the message has the value, what is allowed, what to do."""
+
+
+class ConfigError(UserError):
+    """A config file, key or command-line option that cannot be used."""
+
+
+class DatasetError(UserError):
+    """A dataset that is missing, damaged or inconsistent."""
+
+
+class WeightsError(UserError):
+    """A checkpoint that is missing, unreadable or does not fit the model."""
+
+
+@contextmanager
+def config_section(name: str) -> Iterator[None]:
+    """Turn a ValueError of the objects built from config section ``name`` into a ConfigError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error

@@ -1,0 +1,40 @@
+"""Packaging of dr2net_d2; exact versions are in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "dr2net_d2" / "__init__.py").read_text())[1]
+
+setup(
+    name="dr2net_d2",
+    version=VERSION,
+    description="Finetune pretrained ViT detectors as reversible dual-residual networks (Dr2Net)",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["dr2net_d2", "dr2net_d2.*"]),
+    package_data={"dr2net_d2": ["weights/*", "py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "fvcore>=0.1.5,<0.1.6",
+        "numpy>=1.26",
+        "opencv-python>=4.8",
+        "pycocotools>=2.0.7",
+        "matplotlib>=3.7",
+        "safetensors>=0.4",
+        "scikit-learn>=1.3",
+        "tensorboard>=2.14",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "timm>=1.0"],
+        "dev": ["pytest>=8", "timm>=1.0", "ruff>=0.12", "mypy>=1.16"],
+        # Not on the package index: install it by its own guide first.
+        "detectron2": ["detectron2", "timm>=1.0"],
+    },
+)

@@ -1,0 +1,323 @@
+"""The reversible backward against plain autograd, float64, and the states themselves."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dr2net_d2.core import Coefficients, ReversibleSequence
+from dr2net_d2.core.coupling import error_growth
+from dr2net_d2.core.fixed_point import FixedPointStream
+from tests.core.stacks import BETAS, mlp, relative_error, run, stack, tokens
+
+
+def record_states(monkeypatch):
+    """Lists that fill with the states going into each step and coming out of each inverse."""
+    forward, backward = [], []
+    step, inverse = FixedPointStream.step, FixedPointStream.inverse
+
+    def recording_step(self, f, h1, state2, *rest):
+        forward.append(state2.clone())
+        return step(self, f, h1, state2, *rest)
+
+    def recording_inverse(self, *args):
+        state2 = inverse(self, *args)
+        backward.append(state2.clone())
+        return state2
+
+    monkeypatch.setattr(FixedPointStream, "step", recording_step)
+    monkeypatch.setattr(FixedPointStream, "inverse", recording_inverse)
+    return forward, backward
+
+
+@pytest.mark.parametrize("beta", [0.0, *BETAS])
+@pytest.mark.parametrize("steps", [1, 24, 96])
+def test_every_state_is_recovered_bit_for_bit(monkeypatch, steps, beta):
+    sequence = stack(steps, beta)
+    forward, backward = record_states(monkeypatch)
+    run(sequence, tokens(2, 5, 8))
+    assert len(forward) == len(backward) == steps
+    assert all(map(torch.equal, forward, reversed(backward)))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_states_are_recovered_at_any_alpha(monkeypatch, alpha):
+    sequence = stack(12)
+    sequence.coefficients.set(alpha, 3 / 16)
+    forward, backward = record_states(monkeypatch)
+    run(sequence, tokens(2, 5, 8))
+    assert all(map(torch.equal, forward, reversed(backward)))
+
+
+@pytest.mark.parametrize("options", [{}, {"first_state": "zero"}, {"output": "mean"}])
+@pytest.mark.parametrize("beta", [0.0, *BETAS])
+def test_reversible_equals_plain_autograd(beta, options):
+    sequence = stack(24, beta, **options)
+    out, gradients = run(sequence, tokens(2, 5, 8))
+    sequence.reversible = False
+    oracle, reference = run(sequence, tokens(2, 5, 8))
+    assert torch.equal(out, oracle)
+    assert relative_error(gradients, reference) < 1e-6
+
+
+@pytest.mark.parametrize("beta", [0.0, *BETAS])
+def test_gradients_are_as_good_as_float32_training(beta):
+    sequence = stack(48, beta)
+    _, gradients = run(sequence, tokens(2, 5, 8))
+    sequence.reversible, sequence.arithmetic = False, "float"
+    _, plain = run(sequence, tokens(2, 5, 8))
+    _, reference = run(copy.deepcopy(sequence).double(), tokens(2, 5, 8, dtype=torch.float64))
+    assert relative_error(gradients, reference) <= 1.5 * relative_error(plain, reference)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("options", [{}, {"first_state": "zero"}, {"output": "mean"}])
+def test_gradcheck(beta, options):
+    sequence = stack(3, beta, dim=4, arithmetic="float", **options).double()
+    # A view of every other column: not contiguous.
+    x = tokens(2, 3, 8, dtype=torch.float64).requires_grad_()
+    parameters = list(sequence.parameters())
+
+    def function(x, *_):
+        return sequence(x[..., ::2])
+
+    assert torch.autograd.gradcheck(function, (x, *parameters))
+
+
+def test_float_arithmetic_is_exactly_plain_autograd_where_it_is_stable():
+    sequence = stack(24, 1.0, arithmetic="float").double()
+    x = tokens(2, 5, 8, dtype=torch.float64)
+    _, gradients = run(sequence, x)
+    sequence.reversible = False
+    _, reference = run(sequence, x)
+    assert relative_error(gradients, reference) < 1e-12
+
+
+def test_float_arithmetic_is_wrong_where_the_paper_starts_and_says_so():
+    sequence = stack(24, 0.1, arithmetic="float")
+    sequence.coefficients.set(1.0, 0.1)
+    with pytest.warns(UserWarning, match=r"alpha=1, beta=0\.1 amplifies rounding errors 10\.9x"):
+        _, gradients = run(sequence, tokens(2, 5, 8))
+    sequence.reversible = False
+    _, reference = run(sequence, tokens(2, 5, 8))
+    assert not relative_error(gradients, reference) < 0.1
+    sequence.reversible, sequence.arithmetic = True, "exact"
+    sequence.coefficients.set(1.0, 0.125)
+    _, gradients = run(sequence, tokens(2, 5, 8))
+    sequence.reversible = False
+    assert relative_error(gradients, run(sequence, tokens(2, 5, 8))[1]) < 1e-6
+
+
+def test_error_growth_by_hand():
+    # The positive root of 0.1 r^2 + r - 1 is 5 (sqrt(1.4) - 1); its partner has the larger modulus.
+    assert error_growth(1, 0.1) == pytest.approx(5 * (1.4**0.5 + 1))
+    assert error_growth(0.75, 0.25) == pytest.approx(4)
+    assert error_growth(0, 1) == 1
+    assert error_growth(1, 0) == float("inf")
+
+
+def test_inference_agrees_and_stores_nothing():
+    sequence = stack(24, 0.5)
+    out, _ = run(sequence, tokens(2, 5, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(sequence(tokens(2, 5, 8)), out, rtol=1e-5, atol=1e-6)
+    with torch.inference_mode():
+        torch.testing.assert_close(sequence(tokens(2, 5, 8)), out, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [0, 3, 11])
+def test_frozen_prefix_and_frozen_input(frozen):
+    """The defect of minREV's family: with a frozen stem no parameter got a gradient."""
+    sequence = stack(12)
+    for index in range(frozen):
+        sequence[index].requires_grad_(False)
+
+    def gradients(x):
+        sequence.zero_grad()
+        sequence(x).square().sum().backward()
+        return {n: p.grad for n, p in sequence.named_parameters() if p.grad is not None}
+
+    x = tokens(2, 5, 8)
+    found = gradients(x)
+    sequence.reversible = False
+    assert len(found) == 6 * (12 - frozen)
+    assert relative_error(found, gradients(x)) < 1e-6
+
+
+def test_nothing_is_kept_for_frozen_steps(monkeypatch):
+    sequence = stack(12)
+    for index in range(6):
+        sequence[index].requires_grad_(False)
+    _, backward = record_states(monkeypatch)
+    sequence(tokens(2, 5, 8)).sum().backward()
+    assert len(backward) == 6
+
+
+def test_frozen_everything_but_norms_and_shared_parameters():
+    shared = mlp()
+    sequence = ReversibleSequence([shared, mlp(), shared], Coefficients(0.5, 0.5))
+    for name, parameter in sequence.named_parameters():
+        parameter.requires_grad_(name.endswith(("0.weight", "0.bias")))
+    _, gradients = run(sequence, tokens(2, 5, 8))
+    sequence.reversible = False
+    assert relative_error(gradients, run(sequence, tokens(2, 5, 8))[1]) < 1e-6
+
+
+def test_dropout_is_replayed_and_the_global_stream_left_alone():
+    sequence = stack(12, dropout=0.3)
+    out, gradients = run(sequence, tokens(2, 5, 8))
+    after = torch.rand(4)
+    sequence.reversible = False
+    oracle, reference = run(sequence, tokens(2, 5, 8))
+    assert torch.equal(out, oracle)
+    assert relative_error(gradients, reference) < 1e-6
+    assert torch.equal(after, torch.rand(4))
+    # Two passes draw two masks.
+    assert not torch.equal(sequence(tokens(2, 5, 8)), sequence(tokens(2, 5, 8)))
+
+
+def test_gradients_accumulate():
+    sequence = stack(8)
+    once = run(sequence, tokens(2, 5, 8))[1]
+    x = tokens(2, 5, 8)
+    for _ in range(2):
+        out = sequence(x)
+        (out * tokens(*out.shape, seed=4)).sum().backward()
+    for name, parameter in sequence.named_parameters():
+        torch.testing.assert_close(parameter.grad, 3 * once[name])
+
+
+def test_two_backwards_through_one_graph():
+    sequence = stack(8)
+    loss = sequence(tokens(2, 5, 8)).square().sum()
+    parameters = list(sequence.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, parameters)
+    assert all(map(torch.equal, first, second))
+
+
+def test_gradients_of_late_parameters_only():
+    sequence = stack(8)
+    late = list(sequence[6].parameters())
+    loss = sequence(tokens(2, 5, 8)).square().sum()
+    some = torch.autograd.grad(loss, late, retain_graph=True)
+    loss.backward()
+    assert all(torch.equal(g, p.grad) for g, p in zip(some, late, strict=True))
+
+
+def test_coefficients_may_change_between_forward_and_backward():
+    sequence = stack(8, 0.25)
+    reference = run(sequence, tokens(2, 5, 8))[1]
+    sequence.zero_grad()
+    out = sequence(tokens(2, 5, 8))
+    sequence.coefficients.set(0.0, 1.0)
+    (out * tokens(*out.shape, seed=4)).sum().backward()
+    for name, parameter in sequence.named_parameters():
+        assert torch.equal(parameter.grad, reference[name])
+
+
+def test_autocast_of_the_forward_is_restored_in_the_backward():
+    sequence = stack(12)
+
+    def gradients():
+        sequence.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = sequence(tokens(2, 5, 8))
+        assert out.dtype == torch.float32
+        out.square().sum().backward()
+        return out, {n: p.grad.clone() for n, p in sequence.named_parameters()}
+
+    out, found = gradients()
+    sequence.reversible = False
+    oracle, reference = gradients()
+    assert torch.equal(out, oracle)
+    assert relative_error(found, reference) < 1e-6
+
+
+def test_backward_inside_the_autocast_region_reaches_the_weights():
+    sequence = stack(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sequence(tokens(2, 5, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in sequence[1][1].parameters())
+
+
+class Unsteady(nn.Module):
+    """Gives another value each time it is called."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.weight * (1 + 1e-3 * self.calls)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.75, 1.0])
+def test_a_recomputation_that_differs_is_an_error_naming_the_step(beta):
+    functions = [mlp(), Unsteady(8), mlp()]
+    sequence = ReversibleSequence(functions, Coefficients(1 - beta, beta))
+    loss = sequence(tokens(2, 5, 8)).sum()
+    with pytest.raises(RuntimeError, match=r"step 2 \(Unsteady 1\) gave another value"):
+        loss.backward()
+
+
+def test_overflow_repeats_the_pass_with_fewer_bits(caplog):
+    sequence = stack(6, dropout=0.2)
+    run(sequence, tokens(2, 5, 8))
+    bits = sequence.fraction_bits
+    out, gradients = run(sequence, 1000 * tokens(2, 5, 8))
+    assert sequence.overflows == 1 and sequence.fraction_bits < bits
+    assert "outgrew" in caplog.text
+    again, reference = run(sequence, 1000 * tokens(2, 5, 8))
+    assert sequence.overflows == 1
+    assert torch.equal(out, again)
+    assert relative_error(gradients, reference) == 0
+
+
+def test_non_finite_streams_are_an_error_naming_the_step():
+    sequence = stack(4)
+    with torch.no_grad():
+        sequence[2][1].weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"after step 3 \(Sequential 2\)"):
+        sequence(tokens(2, 5, 8))
+
+
+def test_range_and_coefficients_are_in_the_state_dict():
+    source, target = stack(4, 0.25), stack(4, 0.5, seed=9)
+    out, _ = run(source, tokens(2, 5, 8))
+    target.load_state_dict(source.state_dict())
+    assert target.coefficients.values == (0.75, 0.25)
+    assert target.fraction_bits == source.fraction_bits
+    assert torch.equal(run(target, tokens(2, 5, 8))[0], out)
+
+
+def test_float64_streams():
+    sequence = stack(24, 3 / 16).double()
+    x = tokens(2, 5, 8, dtype=torch.float64)
+    _, gradients = run(sequence, x)
+    sequence.reversible, sequence.arithmetic = False, "float"
+    assert relative_error(gradients, run(sequence, x)[1]) < 1e-12
+
+
+def test_double_backward_is_a_clear_error():
+    sequence = stack(2)
+    x = tokens(2, 5, 8).requires_grad_()
+    (gradient,) = torch.autograd.grad(sequence(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options", [{"arithmetic": "bf16"}, {"first_state": "none"}, {"output": "sum"}]
+)
+def test_bad_options_are_named(options):
+    with pytest.raises(ValueError, match=str(next(iter(options.values())))):
+        stack(2, **options)
+
+
+def test_half_precision_outside_autocast_is_refused():
+    with pytest.raises(TypeError, match="bfloat16; use float32 or float64"):
+        stack(2)(tokens(2, 5, 8, dtype=torch.bfloat16))
