@@ -32,6 +32,21 @@ DEFAULTED = (
 """Keys that describe the input or the coefficients; the model has defaults for them."""
 
 
+def locate_weights(path: str) -> str:
+    """The file that MODEL.WEIGHTS names; URLs and "" (random weights) come back as they are.
+
+    Raises:
+        WeightsError: there is no such file.
+    """
+    if path.startswith(PACKAGED):
+        name = path.removeprefix(PACKAGED)
+        path = str(files("dr2net_d2").joinpath("weights", f"{name}.safetensors"))
+    # Detectron2 takes options behind a question mark.
+    if path and "://" not in path and not Path(path.partition("?")[0]).is_file():
+        raise WeightsError(f"weights {path!r} do not exist; check MODEL.WEIGHTS")
+    return path
+
+
 def find_vit(model: nn.Module) -> tuple[str, nn.Module] | None:
     """(name, module) of the plain ViT inside a detector, of whichever class; None without one."""
     for name, module in model.named_modules():
@@ -86,12 +101,7 @@ class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
         partial.replace(target)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if path.startswith(PACKAGED):
-            name = path.removeprefix(PACKAGED)
-            path = str(files("dr2net_d2").joinpath("weights", f"{name}.safetensors"))
-        if path and "://" not in path and not Path(path).is_file():
-            raise WeightsError(f"weights {path!r} do not exist; check MODEL.WEIGHTS")
-        extra: dict[str, Any] = super().load(path, *args, **kwargs)
+        extra: dict[str, Any] = super().load(locate_weights(path), *args, **kwargs)
         return extra
 
     def _load_file(self, f: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def add_dr2net_config(cfg: CfgNode) -> None:
     vit.PRETRAIN_USE_CLS_TOKEN = True
     # Pyramid levels: stride = PATCH_SIZE / scale. Their width is MODEL.FPN.OUT_CHANNELS.
     vit.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
-    # Pad every image to this square, in px; 0 pads only as far as the strides need.
+    # Pad both sides of every image to a multiple of this, in px; 0: of the coarsest stride.
     vit.SQUARE_PAD = 0
 
     cfg.MODEL.DR2NET = dr2net = node()
@@ -132,7 +132,8 @@ def merge_config(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> No
             f"overrides come as KEY VALUE pairs, but {list(overrides)} has {len(overrides)} words"
         )
     try:
-        cfg.merge_from_file(config_file)
+        # Without its default, which lets a YAML file run code.
+        cfg.merge_from_file(config_file, allow_unsafe=False)
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {config_file}: {_one_line(error)}") from error
     try:

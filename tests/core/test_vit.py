@@ -124,6 +124,7 @@ def test_any_image_size(size):
     [
         ({"img_size": 4}, ["img_size 4", "patch_size 8"]),
         ({"patch_size": 0}, ["patch_size 0"]),
+        ({"num_heads": 0}, ["num_heads 0"]),
         ({"num_heads": 5}, ["embed_dim 32", "num_heads 5"]),
         ({"residual_block_indexes": [1]}, ["residual_block_indexes [1]", "leave it empty"]),
         ({"window_block_indexes": [1]}, ["window_size", "is 0"]),

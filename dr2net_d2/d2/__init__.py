@@ -1,0 +1,32 @@
+"""The project in Detectron2: importing this registers the backbone builders."""
+
+from dr2net_d2.config import add_dr2net_config
+from dr2net_d2.d2.backbone import (
+    Dr2NetBackbone,
+    Dr2NetPyramid,
+    build_dr2net_vit_backbone,
+    build_dr2net_vitdet_backbone,
+    build_vit_backbone,
+    build_vitdet_backbone,
+)
+from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
+from dr2net_d2.d2.data import register_dataset
+from dr2net_d2.d2.engine import Trainer, run
+from dr2net_d2.d2.hooks import CoefficientHook, PeakMemory, SeedIterations
+
+__all__ = [
+    "CoefficientHook",
+    "Dr2NetBackbone",
+    "Dr2NetCheckpointer",
+    "Dr2NetPyramid",
+    "PeakMemory",
+    "SeedIterations",
+    "Trainer",
+    "add_dr2net_config",
+    "build_dr2net_vit_backbone",
+    "build_dr2net_vitdet_backbone",
+    "build_vit_backbone",
+    "build_vitdet_backbone",
+    "register_dataset",
+    "run",
+]

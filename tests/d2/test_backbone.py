@@ -1,0 +1,156 @@
+"""Our backbones against Detectron2's own, with one set of weights, and in its detectors."""
+
+import pytest
+import torch
+from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.backbone import vit as stock
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from dr2net_d2.core.checkpoint import plain_vit_state_dict
+from dr2net_d2.errors import ConfigError
+from tests.d2.tiny import batch, tiny_cfg
+
+OURS, THEIRS = "build_dr2net_vitdet_backbone", "build_vitdet_backbone"
+VIT_ALONE = (
+    "MODEL.RPN.IN_FEATURES", ["last_feat"],
+    "MODEL.ROI_HEADS.IN_FEATURES", ["last_feat"],
+    "MODEL.ANCHOR_GENERATOR.SIZES", [[16]],
+)  # fmt: skip
+
+
+def backbone(folder, name, *opts):
+    torch.manual_seed(0)
+    built = build_backbone(tiny_cfg(folder, "MODEL.BACKBONE.NAME", name, *opts))
+    for parameter in built.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return built
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("size", [(64, 64), (40, 72)])
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ("MODEL.VIT.USE_REL_POS", True),
+        ("MODEL.VIT.USE_REL_POS", False),
+        ("MODEL.VIT.PRETRAIN_IMG_SIZE", 64, "MODEL.VIT.PRETRAIN_USE_CLS_TOKEN", False),
+        ("MODEL.VIT.USE_ABS_POS", False, "MODEL.VIT.WINDOW_BLOCK_INDEXES", []),
+        ("MODEL.VIT.SCALE_FACTORS", [4.0, 2.0, 1.0, 0.5], "MODEL.VIT.QKV_BIAS", False),
+    ],
+    ids=["rel_pos", "no_rel_pos", "no_cls_token", "no_abs_pos_no_windows", "four_levels"],
+)
+def test_with_one_state_dict_outputs_and_gradients_agree(tmp_path, opts, size, reversible):
+    opts = ("MODEL.VIT.DROP_PATH_RATE", 0.0, "MODEL.DR2NET.REVERSIBLE", reversible, *opts)
+    theirs, ours = backbone(tmp_path, THEIRS, *opts), backbone(tmp_path, OURS, *opts)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    images = torch.randn(2, 3, *size)
+
+    results = []
+    for network in (theirs, ours):
+        features = network(images)
+        loss = sum((feature**2).mean() for feature in features.values())
+        loss.backward()
+        gradients = {name: p.grad for name, p in network.named_parameters()}
+        results.append((features, gradients))
+    (expected, expected_gradients), (actual, gradients) = results
+    assert list(actual) == list(expected)
+    for name, feature in expected.items():
+        torch.testing.assert_close(actual[name], feature, rtol=1e-5, atol=1e-5)
+    for name, gradient in expected_gradients.items():
+        scale = gradient.abs().max()
+        torch.testing.assert_close(gradients[name] / scale, gradient / scale, rtol=0, atol=1e-4)
+
+
+def test_our_weights_load_strictly_into_detectron2s_network(tmp_path):
+    ours, theirs = backbone(tmp_path, OURS), backbone(tmp_path, THEIRS)
+    nn.init.zeros_(theirs.net.pos_embed)
+    theirs.load_state_dict(plain_vit_state_dict(ours), strict=True)
+    torch.testing.assert_close(theirs.net.pos_embed, ours.net.pos_embed)
+
+
+def test_our_vit_fits_into_detectron2s_own_pyramid(tmp_path):
+    vit = backbone(tmp_path, "build_dr2net_vit_backbone")
+    pyramid = stock.SimpleFeaturePyramid(vit, "last_feat", 16, (2.0, 1.0))
+    assert list(pyramid(torch.randn(1, 3, 64, 64))) == ["p2", "p3"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "opts"),
+    [
+        (OURS, THEIRS, ()),
+        ("build_dr2net_vit_backbone", "build_vit_backbone", VIT_ALONE),
+    ],
+)
+def test_detectors_differ_by_one_word_of_the_config_and_agree(tmp_path, ours, theirs, opts):
+    opts = ("MODEL.VIT.DROP_PATH_RATE", 0.0, *opts)
+    models = [
+        build_model(tiny_cfg(tmp_path, "MODEL.BACKBONE.NAME", name, *opts))
+        for name in (theirs, ours)
+    ]
+    models[1].load_state_dict(models[0].state_dict(), strict=True)
+    assert models[0].backbone.output_shape() == models[1].backbone.output_shape()
+    losses, detections = [], []
+    for model in models:
+        torch.manual_seed(1)
+        with EventStorage():
+            losses.append(model.train()(batch((64, 56), (48, 64))))
+        with torch.no_grad():
+            detections.append(model.eval()(batch((50, 61)))[0]["instances"])
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][name], loss, rtol=1e-4, atol=1e-5)
+    expected, actual = (found.pred_boxes.tensor for found in detections)
+    assert len(expected)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [OURS, THEIRS])
+@pytest.mark.parametrize(
+    ("square", "sizes", "padded"),
+    [
+        (0, [(33, 50), (20, 61)], (40, 64)),
+        (128, [(33, 50)], (128, 128)),
+        (60, [(33, 50)], (64, 64)),
+        # An image beyond the square is not cut to it.
+        (64, [(33, 100), (50, 10)], (64, 128)),
+        (64, [(100, 33)], (128, 64)),
+    ],
+)
+def test_images_are_padded_to_strides_or_squares_and_never_cropped(
+    tmp_path, name, square, sizes, padded
+):
+    opts = ("MODEL.BACKBONE.NAME", name, "MODEL.VIT.SQUARE_PAD", square)
+    model = build_model(tiny_cfg(tmp_path, *opts))
+    images = model.preprocess_image(batch(*sizes))
+    assert tuple(images.tensor.shape[-2:]) == padded
+    assert images.image_sizes == sizes
+
+
+@pytest.mark.parametrize("key", ["MAX_SIZE_TRAIN", "MAX_SIZE_TEST"])
+def test_a_square_below_the_largest_image_is_refused(tmp_path, key):
+    cfg = tiny_cfg(tmp_path, "MODEL.VIT.SQUARE_PAD", 64, f"INPUT.{key}", 65)
+    with pytest.raises(ConfigError, match=f"INPUT.{key} is 65 .*SQUARE_PAD 64.*lower the one"):
+        build_backbone(cfg)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("MODEL.VIT.NUM_HEADS", 5), r"MODEL.VIT.*embed_dim 32 .* num_heads 5"),
+        (("MODEL.VIT.WINDOW_BLOCK_INDEXES", [7]), r"MODEL.VIT.*indexes below depth 2"),
+        (("MODEL.VIT.SCALE_FACTORS", [3.0]), r"MODEL.VIT: scale factor 3.0"),
+        (("MODEL.DR2NET.ARITHMETIC", "decimal"), r"MODEL.DR2NET: arithmetic is 'decimal'"),
+    ],
+)
+def test_values_that_do_not_fit_are_config_errors(tmp_path, opts, message):
+    with pytest.raises(ConfigError, match=message):
+        build_backbone(tiny_cfg(tmp_path, *opts))
+
+
+def test_the_dr2net_keys_reach_the_backbone(tmp_path):
+    opts = ("MODEL.DR2NET.ARITHMETIC", "float", "MODEL.DR2NET.REVERSIBLE", False)
+    opts += ("MODEL.DR2NET.FIRST_STATE", "zero", "MODEL.DR2NET.OUTPUT", "mean")
+    vit = backbone(tmp_path, OURS, *opts).net
+    assert (vit.arithmetic, vit.reversible) == ("float", False)
+    assert (vit.blocks.first_state, vit.blocks.output) == ("zero", "mean")
+    assert vit.blocks[0].norm1.eps == 1e-6

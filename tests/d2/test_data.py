@@ -1,0 +1,101 @@
+"""Datasets in Detectron2's catalogs, and resuming within the stream of training images."""
+
+import json
+from itertools import islice
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data.datasets import register_coco_instances
+
+from dr2net_d2.d2 import register_dataset
+from dr2net_d2.d2.data import skip_samples
+from dr2net_d2.data import DatasetError, load_coco, register_coco_json, resolve_dataset
+from tests.d2.tiny import tiny_cfg
+
+NAME = "small_digits_val_n3_s64_d2"
+
+
+def coco_json(folder, boxes=((1, 2, 10, 12),)):
+    cv2.imwrite(str(folder / "a.png"), np.zeros((40, 60, 3), np.uint8))
+    annotations = [
+        {"id": i, "image_id": 1, "category_id": 5, "bbox": list(box), "iscrowd": 0, "area": 1}
+        for i, box in enumerate(boxes, 1)
+    ]
+    document = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 60}],
+        "annotations": annotations,
+        "categories": [{"id": 5, "name": "van"}],
+    }
+    (folder / "a.json").write_text(json.dumps(document))
+    return folder / "a.json"
+
+
+def test_small_digits_are_in_the_catalogs_and_say_the_same_as_the_loader():
+    assert register_dataset(NAME) == tuple("0123456789")
+    assert register_dataset(NAME) == tuple("0123456789")
+    metadata = MetadataCatalog.get(NAME)
+    assert metadata.evaluator_type == "coco"
+    records = load_coco(*resolve_dataset(NAME)).records
+    for record, theirs in zip(records, DatasetCatalog.get(NAME), strict=True):
+        assert theirs["file_name"] == record.file_name
+        boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in theirs["annotations"])]
+        np.testing.assert_allclose(record.boxes, boxes)
+        assert record.labels.tolist() == [a["category_id"] for a in theirs["annotations"]]
+
+
+def test_datasets_registered_on_either_side_are_usable(tmp_path):
+    json_file = coco_json(tmp_path)
+    register_coco_json("vans_ours", json_file, tmp_path)
+    register_coco_instances("vans_theirs", {}, str(json_file), str(tmp_path))
+    for name in ("vans_ours", "vans_theirs"):
+        assert register_dataset(name) == ("van",)
+        assert len(DatasetCatalog.get(name)) == 1
+
+
+def test_empty_boxes_are_left_to_detectron2_in_its_own_datasets_only(tmp_path):
+    json_file = coco_json(tmp_path, boxes=[(1, 2, 10, 12), (5, 5, 0, 3)])
+    register_coco_instances("vans_theirs2", {}, str(json_file), str(tmp_path))
+    assert register_dataset("vans_theirs2") == ("van",)
+    register_coco_json("vans_ours2", json_file, tmp_path)
+    with pytest.raises(DatasetError, match="zero width or height"):
+        register_dataset("vans_ours2")
+    assert "vans_ours2" not in DatasetCatalog
+
+
+@pytest.mark.parametrize("name", ["coco_2017_val", "coco_2014_minival"])
+def test_coco_that_is_not_there_is_a_dataset_error(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatasetError, match="DETECTRON2_DATASETS"):
+        register_dataset(name)
+
+
+def test_an_unknown_name_is_a_dataset_error():
+    with pytest.raises(DatasetError, match="'digits' is not known"):
+        register_dataset("digits")
+
+
+def test_a_dataset_of_another_kind_is_left_to_detectron2():
+    DatasetCatalog.register("clouds", lambda: [])
+    assert register_dataset("clouds") == ()
+    MetadataCatalog.get("clouds").thing_classes = ["cirrus"]
+    assert register_dataset("clouds") == ("cirrus",)
+
+
+@pytest.mark.parametrize(("grouping", "workers"), [(True, 0), (False, 0), (False, 2)])
+def test_a_loader_continues_where_it_was_cut_off(tmp_path, grouping, workers):
+    cfg = tiny_cfg(
+        tmp_path,
+        "DATALOADER.ASPECT_RATIO_GROUPING", grouping,
+        "DATALOADER.NUM_WORKERS", workers,
+        "INPUT.RANDOM_FLIP", "none",
+    )  # fmt: skip
+    register_dataset(cfg.DATASETS.TRAIN[0])
+
+    def names(skipped, batches):
+        loader = build_detection_train_loader(cfg)
+        skip_samples(loader, skipped)
+        return [[sample["file_name"] for sample in batch] for batch in islice(loader, batches)]
+
+    assert names(6, 4) == names(0, 7)[3:]

@@ -1,0 +1,283 @@
+"""``run``: what it writes, what it returns, how it resumes, and what it refuses before writing."""
+
+import json
+import math
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from dr2net_d2.d2 import Trainer, register_dataset, run
+from dr2net_d2.d2.hooks import CoefficientHook
+from dr2net_d2.data import resolve_dataset
+from dr2net_d2.errors import ConfigError, DatasetError, UserError, WeightsError
+from dr2net_d2.evaluation import evaluate_boxes
+from tests.d2.tiny import arguments, tiny_cfg
+
+RESULTS = Path("output", "inference", "coco_instances_results.json")
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """(folder, results) of a whole training of the tiny config."""
+    folder = tmp_path_factory.mktemp("training")
+    return folder, run(arguments(folder))
+
+
+def weights(folder, name="model_final.pth"):
+    return torch.load(folder / "output" / name)["model"]
+
+
+def metrics(folder):
+    """Scalars by iteration, of the lines that training wrote."""
+    lines = (folder / "output" / "metrics.json").read_text().splitlines()
+    return {row["iteration"]: row for row in map(json.loads, lines) if "total_loss" in row}
+
+
+def test_a_training_leaves_the_files_of_detectron2_and_two_pictures(training):
+    folder, results = training
+    output = folder / "output"
+    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    events = {name for name in files if name.startswith("events.out.tfevents")}
+    assert len(events) == 1
+    assert files - events == {
+        "config.yaml",
+        "curves.png",
+        "inference/coco_instances_results.json",
+        "inference/instances_predictions.pth",
+        "last_checkpoint",
+        "log.txt",
+        "metrics.json",
+        "model_0000003.pth",
+        "model_0000007.pth",
+        "model_final.pth",
+        "predictions.png",
+    }
+    last = metrics(folder)[7]
+    assert {"lr", "time", "dr2net/alpha", "dr2net/beta", "dr2net/overflows"} <= last.keys()
+    assert last["memory/peak_mb"] > 50
+    assert last["dr2net/beta"] == 0.5
+    log = (output / "log.txt").read_text()
+    for text in ("iteration 0: alpha 0.9375, beta 0.0625", "Saved checkpoint", "AP50", "Model:"):
+        assert text in log
+    assert list(results) == ["bbox"]
+
+
+def test_eval_only_repeats_the_last_evaluation(training, tmp_path):
+    folder, results = training
+    final = folder / "output" / "model_final.pth"
+    again = run(arguments(tmp_path, "MODEL.WEIGHTS", final, eval_only=True))
+    assert (tmp_path / RESULTS).read_text() == (folder / RESULTS).read_text()
+    assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+    assert (tmp_path / "output" / "predictions.png").is_file()
+    assert not (tmp_path / "output" / "curves.png").exists()
+
+
+def detections(row, generator):
+    """Each object found well, roughly and badly, sometimes mistaken; and 40 false alarms each."""
+    truth = torch.tensor([annotation["bbox"] for annotation in row["annotations"]])
+    truth[:, 2:] += truth[:, :2]
+    classes = torch.tensor([annotation["category_id"] for annotation in row["annotations"]])
+    boxes, labels, scores = [], [], []
+    for displacement, number in ((0.2, 1), (1.0, 1), (4.0, 1), (20.0, 40)):
+        count = len(truth) * number
+        noise = torch.randn(count, 4, generator=generator)
+        boxes.append(truth.repeat(number, 1) + displacement * noise)
+        mistaken = torch.rand(count, generator=generator) < 0.3
+        labels.append((classes.repeat(number) + mistaken) % 10)
+        scores.append(torch.rand(count, generator=generator))
+    found = Instances((row["height"], row["width"]))
+    found.pred_boxes = Boxes(torch.cat(boxes))
+    found.pred_classes = torch.cat(labels)
+    found.scores = torch.cat(scores)
+    return found
+
+
+def test_detectron2s_evaluation_counts_like_ours(tmp_path):
+    name = "small_digits_val_n4_s64_d3"
+    register_dataset(name)
+    json_file, _ = resolve_dataset(name)
+    results = []
+    for detections_per_image in (15, 300):
+        cfg = tiny_cfg(tmp_path, "TEST.DETECTIONS_PER_IMAGE", detections_per_image)
+        cfg.OUTPUT_DIR = str(tmp_path)
+        evaluator = Trainer.build_evaluator(cfg, name)
+        evaluator.reset()
+        generator = torch.Generator().manual_seed(0)
+        for row in DatasetCatalog.get(name):
+            evaluator.process([row], [{"instances": detections(row, generator)}])
+        theirs = evaluator.evaluate()["bbox"]
+        written = json.loads((tmp_path / "inference" / RESULTS.name).read_text())
+        ours = evaluate_boxes(json_file, written, detections_per_image)
+        assert ours == pytest.approx(theirs, nan_ok=True)
+        results.append(ours)
+    assert 1 < results[0]["AP"] < results[1]["AP"] < results[1]["AP50"] < 100
+
+
+class _CutOff(Exception):
+    pass
+
+
+def cut_off_at(monkeypatch, iteration):
+    original = CoefficientHook.before_step
+
+    def before_step(hook):
+        if hook.trainer.iter == iteration:
+            raise _CutOff
+        original(hook)
+
+    monkeypatch.setattr(CoefficientHook, "before_step", before_step)
+
+
+@pytest.mark.parametrize("eval_period", [0, 3])
+def test_a_resumed_training_ends_with_the_same_weights(
+    training, tmp_path, monkeypatch, eval_period
+):
+    """Cut off two iterations after the checkpoint, with other evaluations in between."""
+    opts = ("TEST.EVAL_PERIOD", eval_period)
+    with monkeypatch.context() as patch, pytest.raises(_CutOff):
+        cut_off_at(patch, 6)
+        run(arguments(tmp_path, *opts))
+    results = run(arguments(tmp_path, *opts, resume=True))
+
+    folder, expected_results = training
+    for key, tensor in weights(folder).items():
+        assert torch.equal(tensor, weights(tmp_path)[key]), key
+    assert results["bbox"] == pytest.approx(expected_results["bbox"], nan_ok=True)
+    expected, actual = metrics(folder)[7], metrics(tmp_path)[7]
+    assert actual["lr"] == expected["lr"]
+
+
+def test_resume_in_an_empty_folder_starts_from_the_beginning(training, tmp_path):
+    run(arguments(tmp_path, "SOLVER.MAX_ITER", 8, resume=True))
+    for key, tensor in weights(training[0]).items():
+        assert torch.equal(tensor, weights(tmp_path)[key]), key
+
+
+def test_another_seed_gives_another_training(training, tmp_path):
+    run(arguments(tmp_path, "SEED", 4))
+    key = "roi_heads.box_predictor.cls_score.weight"
+    assert not torch.equal(weights(training[0])[key], weights(tmp_path)[key])
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ("MODEL.DR2NET.ARITHMETIC", "float", "MODEL.DR2NET.SCHEDULE.START_BETA", 0.7),
+        ("MODEL.BACKBONE.NAME", "build_vitdet_backbone"),
+        ("DATASETS.TEST", ()),
+        ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
+        ("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 10,
+         "MODEL.RETINANET.IN_FEATURES", ["p2", "p3", "p4"]),
+        ("SEED", -1, "DATALOADER.NUM_WORKERS", 1),
+    ],
+    ids=["float", "stock", "no_test_set", "clipped", "retinanet", "no_seed"],
+)  # fmt: skip
+def test_variants_train(tmp_path, opts):
+    results = run(arguments(tmp_path, *opts, "SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 0))
+    assert math.isfinite(metrics(tmp_path)[1]["total_loss"])
+    assert list(results) == ([] if opts == ("DATASETS.TEST", ()) else ["bbox"])
+
+
+def test_two_processes_evaluate_like_one(training, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    folder, results = training
+    opts = ("MODEL.WEIGHTS", folder / "output" / "model_final.pth")
+    both = run(arguments(tmp_path, *opts, eval_only=True, num_gpus=2))
+    assert both["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+
+
+def test_an_error_in_one_of_several_processes_is_the_same_error(tmp_path, monkeypatch):
+    def launch(work, *_, args):
+        try:
+            work(*args)
+        except UserError as error:
+            raise ProcessRaisedException(traceback.format_exc(), 0, 1) from error
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("dr2net_d2.d2.engine.launch", launch)
+    with pytest.raises(DatasetError, match=r"^dataset 'digits' is not known"):
+        run(arguments(tmp_path, "DATASETS.TRAIN", ("digits",), num_gpus=2))
+
+
+CLIP = "SOLVER.CLIP_GRADIENTS"
+REFUSED = {
+    "config file": (ConfigError, r"'absent.yaml' does not", (), {"config_file": "absent.yaml"}),
+    "unknown key": (ConfigError, r"MODEL.VITT", ("MODEL.VITT", 1), {}),
+    "half a pair": (ConfigError, r"KEY VALUE pairs", ("SEED",), {}),
+    "type": (ConfigError, r"SEED", ("SEED", "one"), {}),
+    "no gpu": (ConfigError, r"is 'cuda', .*MODEL.DEVICE cpu", ("MODEL.DEVICE", "cuda"), {}),
+    "device": (ConfigError, r"DEVICE is 'gpu'; use cuda or cpu", ("MODEL.DEVICE", "gpu"), {}),
+    "two gpus": (ConfigError, r"--num-gpus is 2, .* 0 CUDA GPUs.*use 1", (), {"num_gpus": 2}),
+    "zero gpus": (ConfigError, r"--num-gpus is 0", (), {"num_gpus": 0}),
+    "amp": (ConfigError, r"SOLVER.AMP.ENABLED", ("SOLVER.AMP.ENABLED", True), {}),
+    "train set": (ConfigError, r"DATASETS.TRAIN is empty", ("DATASETS.TRAIN", ()), {}),
+    "test set": (ConfigError, r"TEST is empty", ("DATASETS.TEST", ()), {"eval_only": True}),
+    "dataset": (DatasetError, r"'digits' is not known", ("DATASETS.TRAIN", ("digits",)), {}),
+    "coco": (DatasetError, r"DETECTRON2_DATASETS", ("DATASETS.TEST", ("coco_2017_val",)), {}),
+    "classes": (ConfigError, r"is 80, .*set it to 10", ("MODEL.ROI_HEADS.NUM_CLASSES", 80), {}),
+    "other classes": (ConfigError, r"letters has other", ("DATASETS.TEST", ("letters",)), {}),
+    "weights": (WeightsError, r"'absent.pth' do not exist", ("MODEL.WEIGHTS", "absent.pth"), {}),
+    "package": (WeightsError, r"nano.* do not exist", ("MODEL.WEIGHTS", "dr2net_d2://nano"), {}),
+    "no weights": (ConfigError, r"--eval-only without weights", (), {"eval_only": True}),
+    "vit": (ConfigError, r"MODEL.VIT.*num_heads 5", ("MODEL.VIT.NUM_HEADS", 5), {}),
+    "backbone": (ConfigError, r"MODEL: .*build_vit'", ("MODEL.BACKBONE.NAME", "build_vit"), {}),
+    "features": (ConfigError, r"MODEL: .*p7", ("MODEL.RPN.IN_FEATURES", ["p2", "p3", "p7"]), {}),
+    "square": (ConfigError, r"SQUARE_PAD", ("MODEL.VIT.SQUARE_PAD", 32), {}),
+    "schedule": (ConfigError, r"SCHEDULE: .*'cos'", ("MODEL.DR2NET.SCHEDULE.KIND", "cos"), {}),
+    "optimizer": (ConfigError, r"OPTIMIZER is 'Lion'", ("SOLVER.OPTIMIZER", "Lion"), {}),
+    "lr schedule": (ConfigError, r"SOLVER: .*Linear", ("SOLVER.LR_SCHEDULER_NAME", "Linear"), {}),
+    "clipping": (ConfigError, r"SOLVER: .*'all'",
+                 (f"{CLIP}.ENABLED", True, f"{CLIP}.CLIP_TYPE", "all"), {}),
+    "batch": (ConfigError, r"SOLVER.IMS_PER_BATCH is 0", ("SOLVER.IMS_PER_BATCH", 0), {}),
+    "length": (ConfigError, r"SOLVER.MAX_ITER is 0", ("SOLVER.MAX_ITER", 0), {}),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
+@pytest.mark.parametrize(("error", "message", "opts", "flags"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_used_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, error, message, opts, flags
+):
+    monkeypatch.chdir(tmp_path)
+    DatasetCatalog.register("letters", lambda: [])
+    MetadataCatalog.get("letters").thing_classes = list("abcdefghij")
+    args = arguments(tmp_path, *opts)
+    for name, value in flags.items():
+        setattr(args, name, value)
+    with pytest.raises(error, match=message) as caught:
+        run(args)
+    assert issubclass(error, UserError)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_an_output_dir_that_cannot_be_written_is_a_config_error(tmp_path):
+    (tmp_path / "output").write_text("a file")
+    with pytest.raises(ConfigError, match=r"OUTPUT_DIR .*cannot be written"):
+        run(arguments(tmp_path))
+
+
+def test_a_checkpoint_that_does_not_continue_the_training_is_a_weights_error(training, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "last_checkpoint").write_text("model_final.pth")
+    saved = torch.load(training[0] / "output" / "model_final.pth")
+    torch.save({"model": saved["model"], "optimizer": {}}, output / "model_final.pth")
+    with pytest.raises(WeightsError, match=r"model_final.pth was not written by Detectron2"):
+        run(arguments(tmp_path, resume=True))
+    torch.save(saved, output / "model_final.pth")
+    with pytest.raises(WeightsError, match=r"does not continue this training .*parameter group"):
+        run(arguments(tmp_path, "SOLVER.LAYER_DECAY", 1.0, resume=True))
+    (output / "model_final.pth").unlink()
+    with pytest.raises(WeightsError, match=r"do not exist"):
+        run(arguments(tmp_path, resume=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
+    with pytest.raises(FloatingPointError):
+        run(arguments(tmp_path, "SOLVER.BASE_LR", 1e30, "SOLVER.WARMUP_ITERS", 0))

@@ -1,0 +1,91 @@
+"""Learning rates, weight decays and clipping against Detectron2's own functions."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
+from detectron2.solver import build_lr_scheduler, get_default_optimizer_params
+from torch import nn
+
+from dr2net_d2.d2 import Trainer
+from dr2net_d2.optimizer import layer_decay_factor, parameter_groups
+from dr2net_d2.tv.lr_schedule import lr_multiplier
+from tests.d2.tiny import tiny_cfg
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    cfg = tiny_cfg(tmp_path_factory.mktemp("yaml"), "MODEL.VIT.USE_REL_POS", True)
+    return build_model(cfg)
+
+
+def test_layer_decay_is_detectron2s_for_every_parameter(model):
+    names = [name for name, _ in model.named_parameters()]
+    factors = [layer_decay_factor(name, 2, 0.7) for name in names]
+    assert factors == [get_vit_lr_decay_rate(name, 0.7, 2) for name in names]
+    assert set(factors) == {0.7**3, 0.7**2, 0.7, 1.0}
+
+
+def test_parameter_groups_are_detectron2s(model):
+    def settings(groups):
+        return {
+            parameter: (group["lr"], group["weight_decay"])
+            for group in groups
+            for parameter in group["params"]
+        }
+
+    expected = get_default_optimizer_params(
+        model,
+        base_lr=0.1,
+        weight_decay=0.05,
+        weight_decay_norm=0.0,
+        lr_factor_func=lambda name: get_vit_lr_decay_rate(name, 0.7, 2),
+        overrides={"pos_embed": {"weight_decay": 0.0}},
+    )
+    actual = settings(parameter_groups(model, 0.1, 0.05, 0.0, 0.7, 2))
+    assert actual == settings(expected)
+    assert actual.keys() == set(model.parameters())
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        (),
+        ("SOLVER.STEPS", (10, 15), "SOLVER.WARMUP_FACTOR", 0.25),
+        ("SOLVER.STEPS", (10, 50), "SOLVER.WARMUP_METHOD", "constant"),
+        ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR_END", 1e-4),
+        ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.WARMUP_ITERS", 100),
+        ("SOLVER.WARMUP_ITERS", 0),
+    ],
+)
+def test_the_other_engines_schedule_is_detectron2s(tmp_path, opts):
+    cfg = tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 20, *opts)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    multiplier = lr_multiplier(cfg)
+    for iteration in range(20):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(multiplier(iteration / 20))
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("value", [3.0, 3.0, 3.0]),
+        ("norm", [3.0, 3.0, 3.0]),
+        # The norm of all of them is 13.
+        ("full_model", [9 / 13, 12 / 13, 36 / 13]),
+    ],
+)
+def test_gradients_are_clipped_at_every_step(tmp_path, kind, expected):
+    clip = "SOLVER.CLIP_GRADIENTS"
+    opts = [f"{clip}.ENABLED", True, f"{clip}.CLIP_TYPE", kind, f"{clip}.CLIP_VALUE", 3.0]
+    opts += ["SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 1.0, "SOLVER.MOMENTUM", 0.0]
+    cfg = tiny_cfg(tmp_path, *opts, "SOLVER.WEIGHT_DECAY", 0.0)
+    model = nn.ParameterList(torch.zeros(1) for _ in range(3))
+    optimizer = Trainer.build_optimizer(cfg, model)
+    for parameter, gradient in zip(model, [3.0, 4.0, 12.0], strict=True):
+        parameter.grad = torch.tensor([gradient])
+    optimizer.step()
+    assert [-parameter.item() for parameter in model] == pytest.approx(expected)
