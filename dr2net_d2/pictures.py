@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from dr2net_d2.data import load_coco, read_image
 
@@ -51,8 +52,6 @@ def draw_curves(output_dir: str | Path) -> Path:
             axes.plot(
                 points.keys(), points.values(), marker, ls="-", color=colour, ms=4, label=name
             )
-            if not points:
-                axes.plot([], [])
         _dress(axes, title, label, legend=len(series) > 1)
     path = Path(output_dir, "curves.png")
     figure.savefig(path, dpi=120)
@@ -147,7 +146,8 @@ def _dress(axes: Axes, title: str, label: str, legend: bool) -> None:
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel("iteration")
     axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if legend:

@@ -1,0 +1,159 @@
+"""What ``train_net.py`` runs with torchvision: check everything, then train or evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import secrets
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dr2net_d2.checkpointer import StrictCheckpointer
+from dr2net_d2.config import merge_config
+from dr2net_d2.data import CocoRecord
+from dr2net_d2.errors import ConfigError
+from dr2net_d2.pictures import draw_curves, draw_predictions
+from dr2net_d2.tv.config import check_config, get_cfg
+from dr2net_d2.tv.dataset import Split, load_split
+from dr2net_d2.tv.model import build_model
+from dr2net_d2.tv.output import RunLog
+from dr2net_d2.tv.training import RESULTS_FILE, Training, evaluate
+
+logger = logging.getLogger(__name__)
+
+
+def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Train and evaluate, or evaluate only, what a config file describes.
+
+    Args:
+        args: ``config_file``, ``opts`` (KEY VALUE pairs), ``eval_only``, ``resume``, ``num_gpus``.
+
+    Returns:
+        {"bbox": metrics of ``evaluate_boxes``}; empty without DATASETS.TEST.
+
+    Raises:
+        UserError: the config, a dataset or the weights cannot be used; nothing has been written.
+        FloatingPointError: the training has diverged.
+    """
+    with RunLog() as log, logging_redirect_tqdm():
+        cfg = get_cfg()
+        merge_config(cfg, args.config_file, args.opts)
+        check_config(cfg)
+        cfg.freeze()
+        device = _device(cfg, args.num_gpus)
+        train_splits = [] if args.eval_only else [load_split(n) for n in cfg.DATASETS.TRAIN]
+        test_splits = [load_split(name) for name in cfg.DATASETS.TEST]
+        _check_splits(cfg, train_splits, test_splits, args.eval_only)
+        test = test_splits[0] if test_splits else None
+        seed = cfg.SEED if cfg.SEED >= 0 else secrets.randbelow(2**31)
+        logger.info("seed %d", seed)
+        for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
+            seed_generator(seed)
+        model = build_model(cfg).to(device)
+        if args.eval_only:
+            assert test is not None
+            _load_for_evaluation(cfg, model, args.resume)
+            output_dir = _open_output(cfg, log)
+            metrics = {"bbox": evaluate(cfg, model, test, output_dir)}
+        else:
+            training = Training(cfg, model, _records(cfg, train_splits), seed, args.resume)
+            output_dir = _open_output(cfg, log)
+            (output_dir / "config.yaml").write_text(cfg.dump())
+            metrics = training.run(test, output_dir)
+            draw_curves(output_dir)
+        if test is not None:
+            draw_predictions(
+                test.json_file,
+                test.image_root,
+                output_dir / RESULTS_FILE,
+                output_dir / "predictions.png",
+            )
+        return metrics
+
+
+def _device(cfg: CfgNode, num_gpus: int) -> torch.device:
+    if num_gpus not in (0, 1):
+        raise ConfigError(
+            f"--num-gpus is {num_gpus}; the torchvision engine trains on one device: use 1, or "
+            "install Detectron2 and pass --engine detectron2"
+        )
+    name = cfg.MODEL.DEVICE
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ConfigError(f"MODEL.DEVICE is {name!r}; use 'cpu', 'cuda' or 'cuda:<number>'")
+    if kind == "cuda" and int(index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"MODEL.DEVICE is {name!r}, but torch finds {count} CUDA devices here; add "
+            "MODEL.DEVICE cpu to the command line, or name a device that exists"
+        )
+    return torch.device(name)
+
+
+def _check_splits(
+    cfg: CfgNode, train: Sequence[Split], test: Sequence[Split], eval_only: bool
+) -> None:
+    if not eval_only and not train:
+        raise ConfigError("DATASETS.TRAIN is empty; name a dataset, such as small_digits_train")
+    if len(test) > 1 or (eval_only and not test):
+        raise ConfigError(
+            f"DATASETS.TEST is {tuple(cfg.DATASETS.TEST)}; the torchvision engine evaluates on one "
+            "dataset: name one"
+        )
+    names = [*([] if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+    splits = [*train, *test]
+    for name, split in zip(names, splits, strict=True):
+        categories = split.content.categories
+        if len(categories) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            raise ConfigError(
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but {name} has "
+                f"{len(categories)} categories; set it to {len(categories)}"
+            )
+        if categories != splits[0].content.categories:
+            raise ConfigError(
+                f"DATASETS: {name} has other categories than {names[0]}, or another order; use "
+                "datasets whose categories agree"
+            )
+
+
+def _records(cfg: CfgNode, splits: Sequence[Split]) -> list[CocoRecord]:
+    records = list(chain.from_iterable(split.content.records for split in splits))
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        total, records = len(records), [r for r in records if not r.iscrowd.all()]
+        logger.info("%d of %d training images have objects", len(records), total)
+    if not records:
+        raise ConfigError(
+            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image with an object; name "
+            "another, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
+        )
+    return records
+
+
+def _load_for_evaluation(cfg: CfgNode, model: nn.Module, resume: bool) -> None:
+    allow_partial = cfg.MODEL.DR2NET.ALLOW_PARTIAL
+    checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, allow_partial=allow_partial)
+    if not (cfg.MODEL.WEIGHTS or (resume and checkpointer.has_checkpoint())):
+        raise ConfigError(
+            "--eval-only without weights: set MODEL.WEIGHTS to a checkpoint, or add --resume with "
+            "the OUTPUT_DIR of a training"
+        )
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+
+
+def _open_output(cfg: CfgNode, log: RunLog) -> Path:
+    output_dir = Path(cfg.OUTPUT_DIR)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        log.open(output_dir)
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be written ({error.strerror}); choose another"
+        ) from error
+    return output_dir

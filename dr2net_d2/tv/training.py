@@ -1,0 +1,264 @@
+"""The training loop and the evaluation of torchvision's detectors, on one CPU or GPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.checkpoint import PeriodicCheckpointer
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dr2net_d2.checkpointer import StrictCheckpointer
+from dr2net_d2.config import coefficient_schedule
+from dr2net_d2.core.memory import peak_memory_bytes
+from dr2net_d2.core.replay import rng_state, set_rng_state
+from dr2net_d2.data import CocoRecord
+from dr2net_d2.errors import UserError, WeightsError, config_section
+from dr2net_d2.evaluation import evaluate_boxes
+from dr2net_d2.evaluation.coco import METRICS
+from dr2net_d2.finetuning import update_coefficients
+from dr2net_d2.optimizer import build_optimizer
+from dr2net_d2.tv.dataset import Split, TestImages, TrainingStream, as_lists
+from dr2net_d2.tv.lr_schedule import lr_multiplier
+from dr2net_d2.tv.output import MetricWriter
+
+logger = logging.getLogger(__name__)
+
+LOG_PERIOD = 20
+"""Iterations between two lines of metrics.json."""
+
+CALMER = "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or enable SOLVER.CLIP_GRADIENTS"
+
+RESULTS_FILE = Path("inference", "coco_instances_results.json")
+"""Detections of the last evaluation in COCO format, within OUTPUT_DIR."""
+
+
+class Training:
+    """A training that can be cut off after any checkpoint and continued.
+
+    On a CPU, with the same number of threads, it ends bit for bit as without the interruption.
+
+    Args:
+        cfg: a checked config.
+        model: on its device; it gets the weights of MODEL.WEIGHTS, or of the last checkpoint.
+        records: the training images.
+        seed: of the image stream; a resumed training keeps its own.
+        resume: continue from the last checkpoint in OUTPUT_DIR, if there is one.
+
+    Raises:
+        UserError: what it is given does not fit together. Nothing is written before ``run``.
+    """
+
+    def __init__(
+        self, cfg: CfgNode, model: nn.Module, records: Sequence[CocoRecord], seed: int, resume: bool
+    ) -> None:
+        self.cfg = cfg
+        self.model = model
+        self.records = records
+        self.seed = seed
+        self.device = next(model.parameters()).device
+        self.schedule = coefficient_schedule(cfg)
+        self.multiplier = lr_multiplier(cfg)
+        with config_section("SOLVER"):
+            self.optimizer = build_optimizer(cfg, model)
+        self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.amp = cfg.SOLVER.AMP.ENABLED
+        cuda = self.device.type == "cuda"
+        self.amp_dtype = torch.float16 if cuda else torch.bfloat16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp and cuda)
+        self.checkpointer = StrictCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            allow_partial=cfg.MODEL.DR2NET.ALLOW_PARTIAL,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+        )
+        self.start = 0
+        if resume and self.checkpointer.has_checkpoint():
+            self._resume()
+        else:
+            self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
+
+    def _resume(self) -> None:
+        path = self.checkpointer.get_checkpoint_file()
+        try:
+            saved = self.checkpointer.load(path)
+            self.start = saved["iteration"] + 1
+            self.seed = saved["seed"]
+            set_rng_state(self.device, saved["rng"])
+        except UserError:
+            raise
+        except (KeyError, IndexError, ValueError, RuntimeError) as error:
+            raise WeightsError(
+                f"{path} does not continue this training ({error}); resume with the engine, device "
+                "and config that wrote it, or choose another OUTPUT_DIR"
+            ) from error
+        logger.info("Resuming after iteration %d", saved["iteration"])
+
+    def run(self, test: Split | None, output_dir: Path) -> dict[str, dict[str, float]]:
+        """Train to MAX_ITER with checkpoints, logs and evaluations; returns the last metrics."""
+        max_iter, period = self.cfg.SOLVER.MAX_ITER, self.cfg.TEST.EVAL_PERIOD
+        saver = PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
+        window: dict[str, list[float]] = defaultdict(list)
+        # Shown on a terminal only; the log has a line every LOG_PERIOD iterations.
+        progress = tqdm(initial=self.start, total=max_iter, dynamic_ncols=True, disable=None)
+        with closing(MetricWriter(output_dir, self.start)) as writer, progress:
+            clock = time.perf_counter()
+            self.model.train()
+            for iteration, (images, targets) in enumerate(self._batches(), self.start):
+                done = iteration + 1
+                state = self._set_schedules(iteration)
+                losses = self._step(images, targets, iteration)
+                for name, value in losses.items():
+                    window[name].append(value)
+                state["memory/peak_mb"] = peak_memory_bytes(self.device) / 2**20
+                progress.set_postfix_str(_summary(losses | state))
+                progress.update()
+                if done % LOG_PERIOD == 0 or done == max_iter:
+                    means = {name: sum(values) / len(values) for name, values in window.items()}
+                    seconds = (time.perf_counter() - clock) / len(window["total_loss"])
+                    writer.write(iteration, {**means, **state, "time": seconds})
+                    left = timedelta(seconds=round(seconds * (max_iter - done)))
+                    text = _summary(means | state)
+                    logger.info("iteration %d of %d, %s left: %s", done, max_iter, left, text)
+                    window.clear()
+                    clock = time.perf_counter()
+                saver.step(iteration, seed=self.seed, rng=rng_state(self.device))
+                if test is not None and period and done % period == 0 and done < max_iter:
+                    self._evaluate(test, output_dir, writer, iteration)
+                    clock = time.perf_counter()
+            if test is None:
+                return {}
+            return {"bbox": self._evaluate(test, output_dir, writer, max_iter - 1)}
+
+    def _batches(self) -> DataLoader[Any]:
+        data, flip = self.cfg.INPUT, self.cfg.INPUT.RANDOM_FLIP == "horizontal"
+        stream = TrainingStream(
+            self.records, data.MIN_SIZE_TRAIN, data.MAX_SIZE_TRAIN, flip, data.FORMAT, self.seed
+        )
+        size, length = self.cfg.SOLVER.IMS_PER_BATCH, self.cfg.SOLVER.MAX_ITER
+        positions = range(self.start * size, length * size)
+        return _loader(self.cfg, self.device, stream, batch_size=size, sampler=positions)
+
+    def _set_schedules(self, iteration: int) -> dict[str, float]:
+        max_iter = self.cfg.SOLVER.MAX_ITER
+        factor = self.multiplier(iteration / max_iter)
+        for group, base_lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base_lr * factor
+        coefficients = update_coefficients(self.model, self.schedule, iteration, max_iter)
+        return {"lr": self.cfg.SOLVER.BASE_LR * factor, **coefficients}
+
+    def _step(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]], iteration: int
+    ) -> dict[str, float]:
+        images = [image.to(self.device, non_blocking=True).float() for image in images]
+        targets = [
+            {name: tensor.to(self.device, non_blocking=True) for name, tensor in target.items()}
+            for target in targets
+        ]
+        try:
+            with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp):
+                losses = self.model(images, targets)
+                losses["total_loss"] = torch.stack(list(losses.values())).sum()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"iteration {iteration}: {error}; {CALMER}") from error
+        # One synchronisation with the device for all of them.
+        values = torch.stack(list(losses.values())).tolist()
+        if not math.isfinite(values[-1]):
+            parts = ", ".join(f"{n} {v:g}" for n, v in zip(losses, values, strict=True))
+            raise FloatingPointError(
+                f"iteration {iteration}: the loss is not finite ({parts}); {CALMER}"
+            )
+        self.optimizer.zero_grad()
+        self.scaler.scale(losses["total_loss"]).backward()
+        self.scaler.unscale_(self.optimizer)
+        clip_gradients(self.cfg, self.optimizer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return dict(zip(losses, values, strict=True))
+
+    def _evaluate(
+        self, test: Split, output_dir: Path, writer: MetricWriter, iteration: int
+    ) -> dict[str, float]:
+        metrics = evaluate(self.cfg, self.model, test, output_dir)
+        self.model.train()
+        writer.write(iteration, {f"bbox/{name}": value for name, value in metrics.items()})
+        return metrics
+
+
+@torch.no_grad()
+def evaluate(cfg: CfgNode, model: nn.Module, test: Split, output_dir: Path) -> dict[str, float]:
+    """Detect on a test set, write inference/coco_instances_results.json, log and return metrics.
+
+    Leaves ``model`` in evaluation mode.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    records, category_ids = test.content.records, test.content.category_ids
+    results: list[dict[str, Any]] = []
+    loader = _loader(cfg, device, TestImages(records, cfg.INPUT.FORMAT), batch_size=1)
+    for (image,), (index,) in tqdm(loader, desc="evaluating", leave=False, disable=None):
+        (found,) = model([image.to(device).float()])
+        corners, labels = found["boxes"].tolist(), found["labels"].tolist()
+        for (x0, y0, x1, y1), label, score in zip(
+            corners, labels, found["scores"].tolist(), strict=True
+        ):
+            # torchvision's labels start with the background.
+            category = {"category_id": category_ids[label - 1]}
+            box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+            results.append({"image_id": records[index].image_id, **category, **box})
+    file = output_dir / RESULTS_FILE
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(results))
+    metrics = evaluate_boxes(test.json_file, results, cfg.TEST.DETECTIONS_PER_IMAGE)
+    header, values = METRICS, (f"{metrics[name]:.3f}" for name in METRICS)
+    lines = (header, [":-----:"] * len(METRICS), values)
+    table = "\n".join("| " + " | ".join(f"{cell:^7}" for cell in line) + " |" for line in lines)
+    logger.info("Boxes on %s:\n%s", cfg.DATASETS.TEST[0], table)
+    return metrics
+
+
+def clip_gradients(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> None:
+    """Clip each "value", the "norm" of each parameter, or that of the "full_model" (CLIP_TYPE)."""
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if not clip.ENABLED:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if clip.CLIP_TYPE == "value":
+        nn.utils.clip_grad_value_(parameters, clip.CLIP_VALUE)
+        return
+    for clipped in [parameters] if clip.CLIP_TYPE == "full_model" else [[p] for p in parameters]:
+        nn.utils.clip_grad_norm_(clipped, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+
+def _loader(
+    cfg: CfgNode, device: torch.device, data: Dataset[Any], **kwargs: Any
+) -> DataLoader[Any]:
+    return DataLoader(
+        data,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=as_lists,
+        pin_memory=device.type == "cuda",
+        # Its own, as a loader that starts draws from it.
+        generator=torch.Generator(),
+        **kwargs,
+    )
+
+
+def _summary(scalars: dict[str, float]) -> str:
+    text = f"loss {scalars['total_loss']:.3f}, lr {scalars['lr']:.2e}"
+    if "dr2net/alpha" in scalars:
+        text += f", α {scalars['dr2net/alpha']:.3f}, β {scalars['dr2net/beta']:.3f}"
+    return f"{text}, {scalars['memory/peak_mb']:.0f} MiB"

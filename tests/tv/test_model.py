@@ -1,0 +1,157 @@
+import math
+
+import pytest
+import torch
+
+from dr2net_d2.checkpointer import find_vit
+from dr2net_d2.core.pyramid import ChannelLayerNorm
+from dr2net_d2.errors import ConfigError
+from dr2net_d2.optimizer import layer_decay_factor
+from dr2net_d2.tv.model import AlignedRoIPool, ExactAnchors, build_model
+
+
+@pytest.fixture
+def build(tiny_cfg):
+    def build_with(*opts):
+        torch.manual_seed(0)
+        return build_model(tiny_cfg(*opts))
+
+    return build_with
+
+
+def one_target():
+    return [{"boxes": torch.tensor([[8.0, 8, 24, 28]]), "labels": torch.tensor([3])}]
+
+
+def test_every_parameter_learns(build):
+    model = build("MODEL.ROI_BOX_HEAD.NUM_CONV", "1", "MODEL.ROI_BOX_HEAD.NORM", "LN").train()
+    model.backbone.net.coefficients.set(0.5, 0.5)
+    losses = model([torch.rand(3, 64, 48) * 255], one_target())
+    assert losses.keys() == {
+        "loss_classifier",
+        "loss_box_reg",
+        "loss_objectness",
+        "loss_rpn_box_reg",
+    }
+    sum(losses.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_an_image_without_objects_trains(build):
+    empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}]
+    losses = build().train()([torch.rand(3, 64, 64) * 255], empty)
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_names_are_where_checkpoints_and_layer_decay_expect_them(build):
+    model = build()
+    assert find_vit(model) == ("backbone.net", model.backbone.net)
+    names = dict(model.named_parameters())
+    assert {"backbone.net.pos_embed", "backbone.simfp_2.0.weight"} <= names.keys()
+    assert layer_decay_factor("backbone.net.blocks.1.mlp.fc1.weight", 2, 0.5) == 0.5
+    assert layer_decay_factor("backbone.simfp_2.0.weight", 2, 0.5) == 1
+    assert isinstance(model.backbone.net.blocks[0].norm1, torch.nn.LayerNorm)
+    assert model.backbone.net.blocks[0].norm1.eps == 1e-6
+
+
+def test_the_box_head_has_the_layers_of_the_config(build):
+    model = build(
+        *("MODEL.ROI_BOX_HEAD.NUM_CONV", "2", "MODEL.ROI_BOX_HEAD.CONV_DIM", "24"),
+        *("MODEL.ROI_BOX_HEAD.NORM", "LN", "MODEL.ROI_BOX_HEAD.NUM_FC", "3"),
+        *("MODEL.RPN.CONV_DIMS", "[-1, -1]"),
+    )
+    shapes = [tuple(p.shape) for p in model.roi_heads.box_head.parameters() if p.dim() > 1]
+    assert shapes == [(24, 16, 3, 3), (24, 24, 3, 3), (16, 24 * 4 * 4), (16, 16), (16, 16)]
+    norms = [m for m in model.roi_heads.box_head.modules() if isinstance(m, ChannelLayerNorm)]
+    assert len(norms) == 2
+    assert len(model.rpn.head.conv) == 2
+    assert model.roi_heads.box_predictor.cls_score.out_features == 11
+
+
+def test_detections_obey_the_config(build):
+    model = build("TEST.DETECTIONS_PER_IMAGE", "7").eval()
+    with torch.no_grad():
+        (found,) = model([torch.rand(3, 50, 100) * 255])
+    assert len(found["scores"]) == 7
+    assert found["labels"].min() >= 1
+    assert found["labels"].max() <= 10
+    # In px of the image as given, although the model has seen it as 32 x 64.
+    assert (found["boxes"] <= torch.tensor([100.0, 50, 100, 50])).all()
+    assert found["boxes"][:, 2].max() > 64
+    model = build("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.99").eval()
+    with torch.no_grad():
+        assert len(model([torch.rand(3, 64, 64) * 255])[0]["scores"]) == 0
+
+
+def test_images_are_normalised_in_pixel_units_and_padded(build):
+    transform = build().transform.eval()
+    image = torch.full((3, 40, 64), 191.5)
+    images, _ = transform([image])
+    # 40 x 64 fits already; the coarsest level has stride 16.
+    assert images.image_sizes == [(40, 64)]
+    assert images.tensors.shape == (1, 3, 48, 64)
+    assert (images.tensors[:, :, :40] == 1).all()
+    assert (images.tensors[:, :, 40:] == 0).all()
+    images, _ = build("MODEL.VIT.SQUARE_PAD", "96").transform.eval()([image])
+    assert images.tensors.shape == (1, 3, 96, 96)
+
+
+def test_training_images_are_not_resized_again(build):
+    images, _ = build().transform.train()([torch.zeros(3, 30, 30)])
+    assert images.image_sizes == [(30, 30)]
+
+
+def test_anchors_are_exact():
+    boxes = ExactAnchors(((10.0,),), ((0.6, 1.0),)).cell_anchors[0]
+    width, height = 10 / math.sqrt(0.6), 10 * math.sqrt(0.6)
+    expected = [[-width, -height, width, height], [-10, -10, 10, 10]]
+    torch.testing.assert_close(boxes, torch.tensor(expected) / 2)
+
+
+def test_pooling_reads_pixel_centres():
+    """On a ramp, bilinear samples are exact: each bin holds the position of its centre."""
+    pool = AlignedRoIPool({"p2": 4, "p3": 8}, resolution=2, sampling_ratio=2)
+    # A feature pixel of stride s has its centre at s * (i + 1/2) in the image.
+    ramps = {
+        name: ((torch.arange(256 // s) + 0.5) * s).expand(1, 1, 256 // s, -1)
+        for name, s in (("p2", 4), ("p3", 8))
+    }
+    boxes = torch.tensor([[20.0, 20, 60, 60], [60, 60, 188, 188]])
+    pooled = pool(ramps, [boxes], [(256, 256)])
+    torch.testing.assert_close(pooled[0, 0], torch.tensor([[30.0, 50], [30, 50]]))
+    torch.testing.assert_close(pooled[1, 0], torch.tensor([[92.0, 156], [92, 156]]))
+
+
+def test_pooling_equals_detectron2s():
+    pytest.importorskip("detectron2")
+    from detectron2.modeling.poolers import ROIPooler
+    from detectron2.structures import Boxes
+
+    torch.manual_seed(0)
+    features = [torch.rand(2, 5, 64 // s, 64 // s) for s in (1, 2, 4)]
+    corners = torch.rand(2, 40, 2) * 150
+    boxes = torch.cat([corners, corners + torch.rand(2, 40, 2) ** 3 * 400], dim=2)
+    theirs = ROIPooler(3, (1 / 4, 1 / 8, 1 / 16), 0, "ROIAlignV2")
+    ours = AlignedRoIPool({"p2": 4, "p3": 8, "p4": 16}, 3, 0)
+    expected = theirs(features, [Boxes(b) for b in boxes])
+    pooled = ours(dict(zip(("p2", "p3", "p4"), features, strict=True)), list(boxes), [])
+    torch.testing.assert_close(pooled, expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("MODEL.VIT.NUM_HEADS", "3", "embed_dim 32"),
+        ("MODEL.VIT.SCALE_FACTORS", "[8.0]", "scale factor 8.0"),
+        ("MODEL.DR2NET.ARITHMETIC", "integer", "arithmetic is 'integer'"),
+        ("MODEL.RPN.IN_FEATURES", "['p2', 'p3']", "MODEL.RPN.IN_FEATURES"),
+        ("MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p4']", "MODEL.ROI_HEADS.IN_FEATURES"),
+        ("MODEL.ROI_HEADS.IN_FEATURES", "['res4']", "MODEL.ROI_HEADS.IN_FEATURES"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[10], [20]]", "MODEL.ANCHOR_GENERATOR.SIZES"),
+        ("MODEL.VIT.SQUARE_PAD", "72", "multiple of 16"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(build, key, value, named):
+    with pytest.raises(ConfigError) as caught:
+        build(key, value)
+    assert named in str(caught.value)
