@@ -101,7 +101,13 @@ class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
         partial.replace(target)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        extra: dict[str, Any] = super().load(locate_weights(path), *args, **kwargs)
+        try:
+            extra: dict[str, Any] = super().load(locate_weights(path), *args, **kwargs)
+        except (AssertionError, OSError) as error:  # a URL that does not lead to a file
+            raise WeightsError(
+                f"weights {path!r} cannot be fetched ({error}); download the file and set "
+                "MODEL.WEIGHTS to its path"
+            ) from error
         return extra
 
     def _load_file(self, f: str) -> dict[str, Any]:

@@ -123,7 +123,8 @@ def merge_config(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> No
     """Merge a YAML file (with ``_BASE_``) and ``KEY VALUE`` pairs into ``cfg``.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key, a value of a wrong type.
+        ConfigError: no such file, not YAML, an unknown key, a value of a wrong type, a seed too
+            large for NumPy.
     """
     if not Path(config_file).is_file():
         raise ConfigError(f"config file {config_file!r} does not exist; see configs/ for some")
@@ -140,6 +141,8 @@ def merge_config(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> No
         cfg.merge_from_list(list(overrides))
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError(f"command line: {_one_line(error)}") from error
+    if cfg.SEED >= 2**32:
+        raise ConfigError(f"SEED is {cfg.SEED}; it must be below 2^32, or negative to draw one")
 
 
 def _one_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,7 +62,14 @@ def parameter_groups(
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW with the learning rates and weight decays of cfg.SOLVER."""
+    """SGD or AdamW with the rates and decays of cfg.SOLVER, clipping gradients before each step.
+
+    CLIP_GRADIENTS.CLIP_TYPE "value" clips each element, "norm" the norm of each parameter, as in
+    Detectron2; "full_model" the norm of all together, as ViTDet's recipe does.
+
+    Raises:
+        ConfigError: no trainable parameter, an unknown optimizer or clip type.
+    """
     solver = cfg.SOLVER
     groups = parameter_groups(
         model,
@@ -73,10 +81,35 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
     if not groups:
         raise ConfigError("no parameter of the model is trainable; unfreeze some")
+    optimizer: torch.optim.Optimizer
     if solver.OPTIMIZER == "AdamW":
-        return torch.optim.AdamW(groups, lr=solver.BASE_LR)
-    if solver.OPTIMIZER == "SGD":
-        return torch.optim.SGD(
+        optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR)
+    elif solver.OPTIMIZER == "SGD":
+        optimizer = torch.optim.SGD(
             groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV
         )
-    raise ConfigError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; use 'SGD' or 'AdamW'")
+    else:
+        raise ConfigError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; use 'SGD' or 'AdamW'")
+    if solver.CLIP_GRADIENTS.ENABLED:
+        clip = _clipping(cfg.SOLVER.CLIP_GRADIENTS, [p for g in groups for p in g["params"]])
+
+        def before_step(*_: Any) -> None:
+            clip()
+
+        # With a GradScaler the step, and so this, comes after unscaling.
+        optimizer.register_step_pre_hook(before_step)
+    return optimizer
+
+
+def _clipping(clip: CfgNode, parameters: list[nn.Parameter]) -> Callable[[], object]:
+    norm, value = nn.utils.clip_grad_norm_, clip.CLIP_VALUE
+    if clip.CLIP_TYPE == "value":
+        return lambda: nn.utils.clip_grad_value_(parameters, value)
+    if clip.CLIP_TYPE == "norm":
+        return lambda: [norm([parameter], value, clip.NORM_TYPE) for parameter in parameters]
+    if clip.CLIP_TYPE == "full_model":
+        return lambda: norm(parameters, value, clip.NORM_TYPE)
+    raise ConfigError(
+        f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; use 'value', 'norm' or "
+        "'full_model'"
+    )

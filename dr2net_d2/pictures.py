@@ -79,7 +79,7 @@ def draw_predictions(
     Returns:
         ``output_file`` as a path.
     """
-    dataset = load_coco(json_file, image_root, drop_empty_boxes=True)
+    dataset = load_coco(json_file, image_root)
     names = dict(zip(dataset.category_ids, dataset.categories, strict=True))
     results = json.loads(Path(results_file).read_bytes())
     count = min(num_images, len(dataset.records))

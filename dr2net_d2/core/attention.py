@@ -105,16 +105,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
-        # (3, B * heads, H * W, head_dim)
+        # (3, B, heads, H * W, head_dim)
         qkv = self.qkv(x).view(b, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.reshape(3, b * self.num_heads, h * w, -1).unbind(0)
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        q, k, v = qkv.unbind(0)
         if self.use_rel_pos:
-            grid = q.view(-1, h, w, q.shape[-1])
-            on_height = torch.einsum("bhwc,hkc->bhwk", grid, relative_positions(self.rel_pos_h, h))
-            on_width = torch.einsum("bhwc,wkc->bhwk", grid, relative_positions(self.rel_pos_w, w))
-            logits = logits.view(-1, h, w, h, w) + on_height[..., None] + on_width[..., None, :]
-            logits = logits.view(-1, h * w, h * w)
-        out = logits.softmax(dim=-1) @ v
-        out = out.view(b, self.num_heads, h, w, -1).permute(0, 2, 3, 1, 4).reshape(b, h, w, c)
+            out = self._biased(q, k, v, (h, w))
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        out = out.transpose(1, 2).reshape(b, h, w, c)
         return self.proj(out)
+
+    def _biased(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
+        # Written out: a fused kernel may be another one with gradients than without, and what it
+        # gives must be the same in both.
+        h, w = size
+        grid = q.unflatten(2, size)
+        on_height = torch.einsum("bnhwc,hkc->bnhwk", grid, relative_positions(self.rel_pos_h, h))
+        on_width = torch.einsum("bnhwc,wkc->bnhwk", grid, relative_positions(self.rel_pos_w, w))
+        bias = on_height[..., None] + on_width[..., None, :]
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.flatten(4).flatten(2, 3)
+        return logits.softmax(dim=-1) @ v

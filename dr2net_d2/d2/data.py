@@ -31,9 +31,7 @@ def register_dataset(name: str) -> tuple[str, ...]:
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") != "coco":
             return tuple(metadata.get("thing_classes", ()))
-        # Detectron2 drops empty boxes itself; COCO train 2017 has a few.
-        dataset = load_coco(metadata.json_file, metadata.image_root, drop_empty_boxes=True)
-        return dataset.categories
+        return load_coco(metadata.json_file, metadata.image_root).categories
     json_file, image_root = resolve_dataset(name)
     categories = load_coco(json_file, image_root).categories
     register_coco_instances(name, {}, str(json_file), str(image_root))

@@ -16,7 +16,6 @@ from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, default_setup, launch
 from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.modeling import build_model
-from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
@@ -174,18 +173,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(cfg, model)
-        clip = cfg.SOLVER.CLIP_GRADIENTS
-        if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
-            return maybe_add_gradient_clipping(cfg, optimizer)
-        # What Detectron2 offers clips each parameter on its own.
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-        def clip_norm(*_: Any) -> None:
-            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
-
-        optimizer.register_step_pre_hook(clip_norm)
-        return optimizer
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

@@ -55,7 +55,7 @@ class CocoDataset:
         categories: category names in contiguous order, that of ascending JSON ids.
         category_ids: the JSON id of every contiguous category index.
         records: one record per image, in the order of the JSON, images without objects included.
-        dropped: number of annotations left out because of ``drop_empty_boxes``.
+        dropped: number of annotations left out because their box has zero width or height.
     """
 
     categories: tuple[str, ...]
@@ -64,16 +64,14 @@ class CocoDataset:
     dropped: int
 
 
-def load_coco(
-    json_file: str | Path, image_root: str | Path, *, drop_empty_boxes: bool = False
-) -> CocoDataset:
+def load_coco(json_file: str | Path, image_root: str | Path) -> CocoDataset:
     """Load and check a COCO-format detection dataset; pixels are not read.
+
+    Boxes of zero width or height, of which COCO train 2017 has a few, are left out and counted.
 
     Args:
         json_file: the annotation file.
         image_root: the folder that the JSON's ``file_name`` values are relative to.
-        drop_empty_boxes: leave out boxes of zero width or height, of which COCO train 2017 has
-            a few, instead of refusing them. Negative sizes are refused all the same.
 
     Raises:
         DatasetError: one line that names the file, the image or annotation, the offending value
@@ -90,7 +88,7 @@ def load_coco(
         image_index = _positions(annotations, "image_id", images, "images")
         labels = _positions(annotations, "category_id", categories, "categories")
         sizes = np.array([(row["width"], row["height"]) for row in images], dtype=np.float64)
-        boxes, empty = _boxes(annotations, sizes[image_index], drop_empty_boxes)
+        boxes, empty = _boxes(annotations, sizes[image_index])
         iscrowd = _iscrowd(annotations)
     except DatasetError as error:
         raise DatasetError(f"{json_file}: {error}") from None
@@ -276,17 +274,16 @@ def _positions(
 
 
 def _boxes(
-    annotations: list[dict[str, Any]], image_sizes: np.ndarray, drop_empty: bool
+    annotations: list[dict[str, Any]], image_sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Checked boxes.
 
     Args:
         annotations: n rows of the JSON.
         image_sizes: ``(n, 2)`` width and height of each annotation's image.
-        drop_empty: mark boxes of zero width or height instead of refusing them.
 
     Returns:
-        ``(n, 4)`` float32 XYXY, and ``(n,)`` bool, true where a box is to be dropped.
+        ``(n, 4)`` float32 XYXY, and ``(n,)`` bool, true where a box is empty.
     """
     for row in annotations:
         box = row["bbox"]
@@ -313,8 +310,6 @@ def _boxes(
     refuse(np.any(xywh[:, 2:] < 0, axis=1), "has negative width or height")
     # Judged in float32: a width of 1e-6 at x = 500 is none for those who read these boxes.
     empty = np.any(boxes[:, 2:] <= boxes[:, :2], axis=1)
-    if not drop_empty:
-        refuse(empty, "has zero width or height (drop_empty_boxes=True leaves such boxes out)")
     outside = np.any((boxes[:, 2:] <= 0) | (boxes[:, :2] >= image_sizes), axis=1)
     refuse(outside & ~empty, "lies outside its image")
     return boxes, empty

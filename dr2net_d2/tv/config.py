@@ -200,7 +200,6 @@ _CHOICES = {
     "INPUT.RANDOM_FLIP": ("horizontal", "none"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
 }
 
 _MINIMA = {

@@ -35,9 +35,10 @@ def load_split(name: str) -> Split:
         DatasetError: the name is not known, or the files are missing or not valid.
     """
     json_file, image_root = resolve_dataset(name)
-    # COCO train 2017 has a few empty boxes; anywhere else they are a mistake to be mended.
-    content = load_coco(json_file, image_root, drop_empty_boxes=name.startswith("coco_2017_"))
-    logger.info("%s: %d images", name, len(content.records))
+    content = load_coco(json_file, image_root)
+    logger.info(
+        "%s: %d images, %d empty boxes left out", name, len(content.records), content.dropped
+    )
     return Split(json_file, image_root, content)
 
 

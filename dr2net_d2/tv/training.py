@@ -183,8 +183,6 @@ class Training:
             )
         self.optimizer.zero_grad()
         self.scaler.scale(losses["total_loss"]).backward()
-        self.scaler.unscale_(self.optimizer)
-        clip_gradients(self.cfg, self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return dict(zip(losses, values, strict=True))
@@ -228,19 +226,6 @@ def evaluate(cfg: CfgNode, model: nn.Module, test: Split, output_dir: Path) -> d
     table = "\n".join("| " + " | ".join(f"{cell:^7}" for cell in line) + " |" for line in lines)
     logger.info("Boxes on %s:\n%s", cfg.DATASETS.TEST[0], table)
     return metrics
-
-
-def clip_gradients(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> None:
-    """Clip each "value", the "norm" of each parameter, or that of the "full_model" (CLIP_TYPE)."""
-    clip = cfg.SOLVER.CLIP_GRADIENTS
-    if not clip.ENABLED:
-        return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if clip.CLIP_TYPE == "value":
-        nn.utils.clip_grad_value_(parameters, clip.CLIP_VALUE)
-        return
-    for clipped in [parameters] if clip.CLIP_TYPE == "full_model" else [[p] for p in parameters]:
-        nn.utils.clip_grad_norm_(clipped, clip.CLIP_VALUE, clip.NORM_TYPE)
 
 
 def _loader(

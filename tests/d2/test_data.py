@@ -54,13 +54,13 @@ def test_datasets_registered_on_either_side_are_usable(tmp_path):
         assert len(DatasetCatalog.get(name)) == 1
 
 
-def test_empty_boxes_are_left_to_detectron2_in_its_own_datasets_only(tmp_path):
-    json_file = coco_json(tmp_path, boxes=[(1, 2, 10, 12), (5, 5, 0, 3)])
+def test_damaged_datasets_are_refused_on_either_side_and_not_registered(tmp_path):
+    json_file = coco_json(tmp_path, boxes=[(1, 2, 10, 12), (5, 5, -1, 3)])
     register_coco_instances("vans_theirs2", {}, str(json_file), str(tmp_path))
-    assert register_dataset("vans_theirs2") == ("van",)
     register_coco_json("vans_ours2", json_file, tmp_path)
-    with pytest.raises(DatasetError, match="zero width or height"):
-        register_dataset("vans_ours2")
+    for name in ("vans_theirs2", "vans_ours2"):
+        with pytest.raises(DatasetError, match="negative width or height"):
+            register_dataset(name)
     assert "vans_ours2" not in DatasetCatalog
 
 

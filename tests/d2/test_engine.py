@@ -231,7 +231,7 @@ REFUSED = {
     "schedule": (ConfigError, r"SCHEDULE: .*'cos'", ("MODEL.DR2NET.SCHEDULE.KIND", "cos"), {}),
     "optimizer": (ConfigError, r"OPTIMIZER is 'Lion'", ("SOLVER.OPTIMIZER", "Lion"), {}),
     "lr schedule": (ConfigError, r"SOLVER: .*Linear", ("SOLVER.LR_SCHEDULER_NAME", "Linear"), {}),
-    "clipping": (ConfigError, r"SOLVER: .*'all'",
+    "clipping": (ConfigError, r"CLIP_TYPE is .all.",
                  (f"{CLIP}.ENABLED", True, f"{CLIP}.CLIP_TYPE", "all"), {}),
     "batch": (ConfigError, r"SOLVER.IMS_PER_BATCH is 0", ("SOLVER.IMS_PER_BATCH", 0), {}),
     "length": (ConfigError, r"SOLVER.MAX_ITER is 0", ("SOLVER.MAX_ITER", 0), {}),

@@ -58,7 +58,6 @@ def test_what_is_ignored_is_logged(tiny_cfg, caplog):
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "TrainingSampler"),
         ("SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR", "WarmupCosineLR"),
         ("SOLVER.WARMUP_METHOD", "cubic", "linear"),
-        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "agc", "full_model"),
         ("SOLVER.WEIGHT_DECAY_BIAS", "0.1", "remove the key"),
         ("SOLVER.BASE_LR", "0.0", "BASE_LR > 0"),
         ("SOLVER.CHECKPOINT_PERIOD", "0", "at least 1"),

@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 
-from dr2net_d2.errors import UserError, WeightsError
+from dr2net_d2.errors import ConfigError, UserError, WeightsError
 from dr2net_d2.evaluation import evaluate_boxes
+from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.tv import engine, training
 from dr2net_d2.tv.dataset import load_split
 
@@ -131,20 +132,28 @@ def test_divergence_names_the_iteration(arguments, tmp_path):
         engine.run(arguments(*opts))
 
 
+def test_an_unknown_clip_type_is_refused(tiny_cfg):
+    clip = "SOLVER.CLIP_GRADIENTS."
+    cfg = tiny_cfg(f"{clip}ENABLED", "True", f"{clip}CLIP_TYPE", "agc")
+    with pytest.raises(ConfigError, match=r"CLIP_TYPE is 'agc'; use 'value', 'norm'"):
+        build_optimizer(cfg, torch.nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize("kind", ["value", "norm", "full_model"])
 def test_clipping(tiny_cfg, kind):
     clip = "SOLVER.CLIP_GRADIENTS."
     cfg = tiny_cfg(f"{clip}ENABLED", "True", f"{clip}CLIP_TYPE", kind, f"{clip}CLIP_VALUE", "1.0")
-    parameters = [torch.zeros(2, requires_grad=True) for _ in range(2)]
-    for parameter, grad in zip(parameters, ([3.0, 4.0], [0.0, 12.0]), strict=True):
+    model = torch.nn.ParameterList(torch.zeros(2) for _ in range(2))
+    optimizer = build_optimizer(cfg, model)
+    for parameter, grad in zip(model, ([3.0, 4.0], [0.0, 12.0]), strict=True):
         parameter.grad = torch.tensor(grad)
-    training.clip_gradients(cfg, torch.optim.SGD(parameters, lr=1))
+    optimizer.step()
     expected = {
         "value": [[1.0, 1], [0, 1]],
         "norm": [[0.6, 0.8], [0, 1]],
         "full_model": [[3 / 13, 4 / 13], [0, 12 / 13]],
     }[kind]
-    torch.testing.assert_close(torch.stack([p.grad for p in parameters]), torch.tensor(expected))
+    torch.testing.assert_close(torch.stack([p.grad for p in model]), torch.tensor(expected))
 
 
 @pytest.mark.parametrize(
