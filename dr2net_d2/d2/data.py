@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.detection_utils import SizeMismatchError
 from torch.utils.data import Sampler
 
 from dr2net_d2.data import load_coco, resolve_dataset
+from dr2net_d2.errors import DatasetError
 
 
 def register_dataset(name: str) -> tuple[str, ...]:
@@ -36,6 +38,20 @@ def register_dataset(name: str) -> tuple[str, ...]:
     categories = load_coco(json_file, image_root).categories
     register_coco_instances(name, {}, str(json_file), str(image_root))
     return categories
+
+
+class CheckedMapper(DatasetMapper):
+    """Detectron2's mapper; an image that cannot be read is a DatasetError with its name."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        try:
+            mapped: dict[str, Any] = super().__call__(dataset_dict)
+        except (OSError, SizeMismatchError) as error:
+            raise DatasetError(
+                f"image {dataset_dict['file_name']} cannot be used "
+                f"({' '.join(str(error).split())}); restore the file or correct the JSON"
+            ) from error
+        return mapped
 
 
 def skip_samples(loader: Any, count: int) -> None:

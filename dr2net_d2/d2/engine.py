@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer, HookBase, default_setup, launch
 from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.modeling import build_model
@@ -26,7 +30,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from dr2net_d2.checkpointer import locate_weights
 from dr2net_d2.config import add_dr2net_config, coefficient_schedule, merge_config
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
-from dr2net_d2.d2.data import register_dataset, skip_samples
+from dr2net_d2.d2.data import CheckedMapper, register_dataset, skip_samples
 from dr2net_d2.d2.hooks import CoefficientHook, PeakMemory, SeedIterations
 from dr2net_d2.errors import ConfigError, UserError, WeightsError, config_section
 from dr2net_d2.optimizer import build_optimizer
@@ -178,7 +182,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         # With a generator of its own the loader leaves the global one alone when it starts.
-        return build_detection_train_loader(cfg, seed=cfg.SEED if cfg.SEED >= 0 else None)
+        seed = cfg.SEED if cfg.SEED >= 0 else None
+        return build_detection_train_loader(cfg, mapper=CheckedMapper(cfg, True), seed=seed)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        mapper = CheckedMapper(cfg, False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import traceback
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dr2net_d2.d2 import Trainer, register_dataset, run
 from dr2net_d2.d2.hooks import CoefficientHook
-from dr2net_d2.data import resolve_dataset
+from dr2net_d2.data import register_coco_json, resolve_dataset
 from dr2net_d2.errors import ConfigError, DatasetError, UserError, WeightsError
 from dr2net_d2.evaluation import evaluate_boxes
 from tests.d2.tiny import arguments, tiny_cfg
@@ -254,6 +255,18 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
     assert issubclass(error, UserError)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_a_dataset_error_with_its_name(tmp_path, workers):
+    json_file, image_root = resolve_dataset("small_digits_train_n8_s64_d3")
+    images = shutil.copytree(image_root, tmp_path / "images")
+    for image in images.iterdir():
+        image.write_bytes(image.read_bytes()[:100])
+    register_coco_json(f"cut_{workers}", json_file, images)
+    opts = ("DATASETS.TRAIN", (f"cut_{workers}",), "DATALOADER.NUM_WORKERS", workers)
+    with pytest.raises(DatasetError, match=r"image .*images.*png cannot be used \(image file is"):
+        run(arguments(tmp_path, *opts))
 
 
 def test_an_output_dir_that_cannot_be_written_is_a_config_error(tmp_path):
