@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ import torch
 from dr2net_d2.config import dr2net_arguments, merge_config, vit_arguments
 from dr2net_d2.core import Dr2NetViT
 from dr2net_d2.core.memory import count_saved_bytes
+from dr2net_d2.data import resolve_dataset
+from dr2net_d2.pictures import draw_predictions
 from dr2net_d2.tv.config import get_cfg
 
 HERE = Path(__file__).parent
@@ -43,6 +46,8 @@ def train(engine: str, backbone: str) -> dict[str, Any]:
     subprocess.run(command, check=True, cwd=ROOT)
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     last = [row for row in rows if "bbox/AP" in row][-1]
+    if engine == "torchvision":
+        keep_pictures(folder)
     peaks = [row["memory/peak_mb"] for row in rows if "memory/peak_mb" in row]
     return {
         "engine": engine,
@@ -51,6 +56,14 @@ def train(engine: str, backbone: str) -> dict[str, Any]:
         "minutes": round((time.time() - started) / 60, 2),
         "peak_resident_mib": round(max(peaks)),
     }
+
+
+def keep_pictures(folder: Path) -> None:
+    """The curves of a run and two of its validation images, beside this script."""
+    shutil.copy(folder / "curves.png", HERE)
+    json_file, image_root = resolve_dataset("small_digits_val")
+    found = folder / "inference" / "coco_instances_results.json"
+    draw_predictions(json_file, image_root, found, HERE / "predictions.png", num_images=2)
 
 
 def saved_megabytes() -> dict[str, float]:
