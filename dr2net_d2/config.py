@@ -5,6 +5,7 @@ Works on any fvcore ``CfgNode``; Detectron2's is one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from dr2net_d2.core import CoefficientSchedule
+from dr2net_d2.core.schedule import BETA_GRID, snap_to_grid
 from dr2net_d2.errors import ConfigError, config_section
+
+logger = logging.getLogger(__name__)
 
 
 def add_dr2net_config(cfg: CfgNode) -> None:
@@ -106,8 +110,19 @@ def dr2net_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def coefficient_schedule(cfg: CfgNode) -> CoefficientSchedule:
-    """The schedule of MODEL.DR2NET.SCHEDULE."""
+    """The schedule of MODEL.DR2NET.SCHEDULE; a beta that exact arithmetic has to snap is logged."""
     schedule = cfg.MODEL.DR2NET.SCHEDULE
+    exact = cfg.MODEL.DR2NET.ARITHMETIC == "exact"
+    for key in ("START_BETA", "END_BETA") if exact else ():
+        if (snapped := snap_to_grid(schedule[key])) != schedule[key]:
+            logger.info(
+                "MODEL.DR2NET.SCHEDULE.%s %g is snapped to %g: exact arithmetic takes multiples "
+                "of 1/%d",
+                key,
+                schedule[key],
+                snapped,
+                BETA_GRID,
+            )
     with config_section("MODEL.DR2NET.SCHEDULE"):
         return CoefficientSchedule(
             kind=schedule.KIND,
@@ -115,7 +130,7 @@ def coefficient_schedule(cfg: CfgNode) -> CoefficientSchedule:
             end_beta=schedule.END_BETA,
             duration=schedule.DURATION,
             updates=schedule.UPDATES,
-            exact=cfg.MODEL.DR2NET.ARITHMETIC == "exact",
+            exact=exact,
         )
 
 

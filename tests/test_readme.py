@@ -50,7 +50,7 @@ def test_yaml_blocks_are_configs(text, tmp_path):
     (tmp_path / "readme.yaml").write_text(text)
     cfg = get_cfg()
     merge_config(cfg, str(tmp_path / "readme.yaml"), [])
-    assert cfg.MODEL.BACKBONE.NAME == yaml.safe_load(text)["MODEL"]["BACKBONE"]["NAME"]
+    assert yaml.safe_load(text)["MODEL"]["BACKBONE"]["NAME"] == cfg.MODEL.BACKBONE.NAME
 
 
 def test_files_that_it_names_exist():

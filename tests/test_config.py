@@ -1,0 +1,62 @@
+"""The keys that both engines share, in terms of core."""
+
+import inspect
+import logging
+
+import pytest
+
+from dr2net_d2.config import coefficient_schedule, dr2net_arguments, merge_config, vit_arguments
+from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
+from dr2net_d2.errors import ConfigError
+from dr2net_d2.tv.config import get_cfg
+
+SCHEDULE = "MODEL.DR2NET.SCHEDULE"
+
+
+def test_the_keys_give_arguments_of_the_vit():
+    cfg = get_cfg()
+    known = inspect.signature(Dr2NetViT).parameters
+    assert not vit_arguments(cfg).keys() & dr2net_arguments(cfg).keys()
+    assert {**vit_arguments(cfg), **dr2net_arguments(cfg)}.keys() <= known.keys()
+
+
+def test_the_defaults_are_those_of_core():
+    cfg = get_cfg()
+    assert coefficient_schedule(cfg) == CoefficientSchedule()
+    known = inspect.signature(Dr2NetViT).parameters
+    for name, value in dr2net_arguments(cfg).items():
+        assert value == known[name].default
+
+
+def test_a_beta_off_the_grid_is_snapped_and_logged(caplog):
+    cfg = get_cfg()
+    cfg.merge_from_list([f"{SCHEDULE}.KIND", "constant", f"{SCHEDULE}.END_BETA", "0.3"])
+    with caplog.at_level(logging.INFO):
+        assert coefficient_schedule(cfg)(0.0) == (0.6875, 0.3125)
+    assert "END_BETA 0.3 is snapped to 0.3125" in caplog.text
+    cfg.merge_from_list(["MODEL.DR2NET.ARITHMETIC", "float"])
+    assert coefficient_schedule(cfg)(0.0) == (0.7, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("END_BETA", "1.5", ["end_beta is 1.5", "[0, 1]"]), ("KIND", "linear", ["'linear'"])],
+)
+def test_a_schedule_that_cannot_be_is_a_config_error(key, value, words):
+    cfg = get_cfg()
+    cfg.merge_from_list([f"{SCHEDULE}.{key}", value])
+    with pytest.raises(ConfigError) as error:
+        coefficient_schedule(cfg)
+    assert all(word in str(error.value) for word in [SCHEDULE, *words])
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    (tmp_path / "bad.yaml").write_text("OUTPUT_DIR: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        merge_config(get_cfg(), str(tmp_path / "bad.yaml"), [])
+
+
+def test_a_seed_too_large_for_numpy_is_refused(tmp_path):
+    (tmp_path / "empty.yaml").write_text("VERSION: 2\n")
+    with pytest.raises(ConfigError, match=r"SEED is 4294967296; it must be below 2\^32"):
+        merge_config(get_cfg(), str(tmp_path / "empty.yaml"), ["SEED", str(2**32)])
