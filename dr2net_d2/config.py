@@ -6,7 +6,7 @@ Works on any fvcore ``CfgNode``; Detectron2's is one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,35 @@ def merge_config(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> No
         raise ConfigError(f"command line: {_one_line(error)}") from error
     if cfg.SEED >= 2**32:
         raise ConfigError(f"SEED is {cfg.SEED}; it must be below 2^32, or negative to draw one")
+
+
+def check_categories(datasets: Mapping[str, Sequence[str]], section: str, num_classes: int) -> None:
+    """Refuse datasets (name -> category names) that differ from each other or from NUM_CLASSES.
+
+    Raises:
+        ConfigError: names the datasets and the key under MODEL.``section``.
+    """
+    first = next(iter(datasets), "")
+    for name, categories in datasets.items():
+        if len(categories) != num_classes:
+            raise ConfigError(
+                f"MODEL.{section}.NUM_CLASSES is {num_classes}, but {name} has {len(categories)} "
+                f"categories; set it to {len(categories)}"
+            )
+        if tuple(categories) != tuple(datasets[first]):
+            raise ConfigError(
+                f"DATASETS: {name} has other categories than {first}, or another order; use "
+                "datasets whose categories agree"
+            )
+
+
+def check_weights_to_evaluate(cfg: CfgNode, resuming: bool) -> None:
+    """Refuse an evaluation that has neither MODEL.WEIGHTS nor a checkpoint to resume from."""
+    if not (cfg.MODEL.WEIGHTS or resuming):
+        raise ConfigError(
+            "--eval-only without weights: set MODEL.WEIGHTS to a checkpoint, or add --resume with "
+            "the OUTPUT_DIR of a training"
+        )
 
 
 def _one_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dr2net_d2.core.coefficients import Coefficients
 from dr2net_d2.core.coupling import couple, error_growth
 from dr2net_d2.core.fixed_point import INTEGER_TYPES, FixedPointStream, FloatStream, StreamRange
-from dr2net_d2.core.replay import AutocastState, rng_state, set_rng_state
+from dr2net_d2.core.replay import AutocastState, replayed_rng, rng_state, set_rng_state
 from dr2net_d2.core.schedule import BETA_GRID
 from dr2net_d2.core.steps import Begin, Couple, Pass, ReversibleStep, Step
 
@@ -116,7 +116,6 @@ class ReversibleSequence(nn.Module):
         before = rng_state(x.device)
         if not self.stream_range.measured:
             self._measure(x)
-            set_rng_state(x.device, before)
         for _ in range(2):
             stream = FixedPointStream(self.stream_range.exponent(x.dtype), x.dtype)
             out = self._run(x, stream)
@@ -127,7 +126,6 @@ class ReversibleSequence(nn.Module):
             self.overflows += 1
             set_rng_state(x.device, before)
             self._measure(x)
-            set_rng_state(x.device, before)
             logger.warning(
                 "residual streams outgrew 2^%d fractional bits; the pass is repeated with 2^%d "
                 "(%d such passes so far)",
@@ -172,7 +170,10 @@ class ReversibleSequence(nn.Module):
 
     @torch.no_grad()
     def _measure(self, x: Tensor) -> None:
-        """Widen the range to the peak of a floating-point pass over ``x``."""
+        """Widen the range to the peak of a floating-point pass over ``x``.
+
+        The pass draws what the next one will draw: it leaves the random streams as they are.
+        """
 
         def observe(name: str, h: Tensor) -> None:
             peak = float(h.abs().amax())
@@ -184,7 +185,7 @@ class ReversibleSequence(nn.Module):
             self.stream_range.widen(peak)
 
         observe("the input", x)
-        with AutocastState(x.device)():
+        with replayed_rng(x.device, rng_state(x.device)), AutocastState(x.device)():
             self._infer(x, observe)
 
     def _warn_of_error_growth(self, dtype: torch.dtype) -> None:

@@ -28,7 +28,13 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dr2net_d2.checkpointer import locate_weights
-from dr2net_d2.config import add_dr2net_config, coefficient_schedule, merge_config
+from dr2net_d2.config import (
+    add_dr2net_config,
+    check_categories,
+    check_weights_to_evaluate,
+    coefficient_schedule,
+    merge_config,
+)
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import CheckedMapper, register_dataset, skip_samples
 from dr2net_d2.d2.hooks import CoefficientHook, PeakMemory, SeedIterations
@@ -230,12 +236,10 @@ def _checked_model(cfg: CfgNode, args: argparse.Namespace) -> nn.Module:
     _check_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     if not args.eval_only:
         _check_solver(cfg)
-    if not (args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()):
-        if args.eval_only and not cfg.MODEL.WEIGHTS:
-            raise ConfigError(
-                "--eval-only without weights: set MODEL.WEIGHTS to a checkpoint, or add --resume "
-                "with the OUTPUT_DIR of a training"
-            )
+    resuming = args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
+    if args.eval_only:
+        check_weights_to_evaluate(cfg, resuming)
+    if not resuming:
         locate_weights(cfg.MODEL.WEIGHTS)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     try:
@@ -272,24 +276,9 @@ def _check_datasets(cfg: CfgNode, splits: Sequence[str]) -> None:
     if not cfg.DATASETS[splits[0]]:
         raise ConfigError(f"DATASETS.{splits[0]} is empty; name at least one dataset")
     section = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
-    num_classes = cfg.MODEL[section].NUM_CLASSES
-    known: dict[tuple[str, ...], str] = {}
-    for name in (name for split in splits for name in cfg.DATASETS[split]):
-        categories = register_dataset(name)
-        if not categories:
-            continue
-        if len(categories) != num_classes:
-            raise ConfigError(
-                f"MODEL.{section}.NUM_CLASSES is {num_classes}, but {name} has {len(categories)} "
-                f"categories; set it to {len(categories)}"
-            )
-        known.setdefault(categories, name)
-    if len(known) > 1:
-        one, other, *_ = known.values()
-        raise ConfigError(
-            f"DATASETS: {other} has other categories than {one}, or another order; use datasets "
-            "whose categories agree"
-        )
+    names = [name for split in splits for name in cfg.DATASETS[split]]
+    found = {name: categories for name in names if (categories := register_dataset(name))}
+    check_categories(found, section, cfg.MODEL[section].NUM_CLASSES)
 
 
 def _check_solver(cfg: CfgNode) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dr2net_d2.checkpointer import StrictCheckpointer
-from dr2net_d2.config import merge_config
+from dr2net_d2.config import check_categories, check_weights_to_evaluate, merge_config
 from dr2net_d2.data import CocoRecord
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.pictures import draw_curves, draw_predictions
@@ -108,19 +108,9 @@ def _check_splits(
             "dataset: name one"
         )
     names = [*([] if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-    splits = [*train, *test]
-    for name, split in zip(names, splits, strict=True):
-        categories = split.content.categories
-        if len(categories) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-            raise ConfigError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but {name} has "
-                f"{len(categories)} categories; set it to {len(categories)}"
-            )
-        if categories != splits[0].content.categories:
-            raise ConfigError(
-                f"DATASETS: {name} has other categories than {names[0]}, or another order; use "
-                "datasets whose categories agree"
-            )
+    categories = [split.content.categories for split in (*train, *test)]
+    datasets = dict(zip(names, categories, strict=True))
+    check_categories(datasets, "ROI_HEADS", cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 
 
 def _records(cfg: CfgNode, splits: Sequence[Split]) -> list[CocoRecord]:
@@ -139,11 +129,7 @@ def _records(cfg: CfgNode, splits: Sequence[Split]) -> list[CocoRecord]:
 def _load_for_evaluation(cfg: CfgNode, model: nn.Module, resume: bool) -> None:
     allow_partial = cfg.MODEL.DR2NET.ALLOW_PARTIAL
     checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, allow_partial=allow_partial)
-    if not (cfg.MODEL.WEIGHTS or (resume and checkpointer.has_checkpoint())):
-        raise ConfigError(
-            "--eval-only without weights: set MODEL.WEIGHTS to a checkpoint, or add --resume with "
-            "the OUTPUT_DIR of a training"
-        )
+    check_weights_to_evaluate(cfg, resume and checkpointer.has_checkpoint())
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
 
 
