@@ -10,7 +10,7 @@ Legend, for one step i of a stack:
 
 The s bits of r are all that h_i lacks. To stay inside the integer type H is split as A * 2^s + b:
 then r = m * b mod 2^s, Q = m * A + (m * b >> s), and the inverse gets b and A by multiplying with
-the inverses of m modulo 2^s and modulo 2^32: no division, no overflow. At beta = 0 nothing of
+the inverse of m modulo 2^s and modulo 2^32: no division, no overflow. At beta = 0 nothing of
 h_{i-2} reaches h_i, and H_{i-2} itself is kept.
 """
 
@@ -44,35 +44,41 @@ def pack_bits(values: Tensor, width: int) -> Tensor:
     """Pack integers of ``width`` bits (1 to 8) into bytes at that width, no more.
 
     Args:
-        values: any shape, integers in [0, 2^width).
+        values: uint8 of any shape, in [0, 2^width).
 
     Returns:
         uint8 (n,), about ``values.numel() * width / 8`` bytes.
     """
-    flat = values.to(torch.uint8).flatten()
+    flat = values.flatten()
     packed = []
     for shift, bits in _parts(width):
         per_byte = 8 // bits
-        piece = (flat >> shift) & (2**bits - 1)
-        rows = torch.nn.functional.pad(piece, (0, -len(piece) % per_byte)).view(per_byte, -1)
+        piece = flat if bits == width else (flat >> shift) & (2**bits - 1)
+        if missing := -len(piece) % per_byte:
+            piece = torch.nn.functional.pad(piece, (0, missing))
+        rows = piece.view(per_byte, -1)
         byte = rows[0].clone()
         for j in range(1, per_byte):
             byte |= rows[j] << (j * bits)
         packed.append(byte)
-    return torch.cat(packed)
+    return packed[0] if len(packed) == 1 else torch.cat(packed)
 
 
 def unpack_bits(packed: Tensor, width: int, shape: torch.Size) -> Tensor:
     """The uint8 values of ``shape`` that ``pack_bits`` packed."""
     numel = shape.numel()
-    flat = packed.new_zeros(numel)
+    flat: Tensor | None = None
     start = 0
     for shift, bits in _parts(width):
         per_byte = 8 // bits
         byte = packed[start : start + -(-numel // per_byte)]
         start += len(byte)
-        piece = torch.cat([(byte >> (j * bits)) & (2**bits - 1) for j in range(per_byte)])
-        flat |= piece[:numel] << shift
+        rows = byte.new_empty(per_byte, len(byte))
+        for j in range(per_byte):
+            torch.bitwise_right_shift(byte, j * bits, out=rows[j])
+        piece = rows.bitwise_and_(2**bits - 1).flatten()[:numel]
+        flat = piece if flat is None else flat.bitwise_or_(piece << shift)
+    assert flat is not None
     return flat.view(shape)
 
 
@@ -83,7 +89,14 @@ def _inverse_modulo(m: int, bits: int) -> int:
 
 
 class FloatStream:
-    """Streams in floating point: the literature's way, inexact. Same interface as the exact one."""
+    """Streams in floating point: the literature's way, inexact. Same interface as the exact one.
+
+    Args:
+        dtype: torch.float32 or torch.float64.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
 
     def encode(self, h: Tensor) -> Tensor:
         return h
@@ -92,14 +105,21 @@ class FloatStream:
         return state
 
     def step(
-        self, f: Tensor, h1: Tensor, state2: Tensor, alpha: float, beta: float
+        self, f: Tensor, state1: Tensor, state2: Tensor, alpha: float, beta: float, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return couple(f, h1, state2, alpha, beta), (state2 if beta == 0 else None)
+        state = couple(f, state1, state2, alpha, beta)
+        return state, (state2 if keep and beta == 0 else None)
 
     def inverse(
-        self, state: Tensor, f: Tensor, h1: Tensor, kept: Tensor | None, alpha: float, beta: float
+        self,
+        state: Tensor,
+        f: Tensor,
+        state1: Tensor,
+        kept: Tensor | None,
+        alpha: float,
+        beta: float,
     ) -> Tensor:
-        return kept if kept is not None else uncouple(state, f, h1, alpha, beta)
+        return kept if kept is not None else uncouple(state, f, state1, alpha, beta)
 
 
 class FixedPointStream:
@@ -119,7 +139,7 @@ class FixedPointStream:
 
     def encode(self, h: Tensor) -> Tensor:
         """h -> H."""
-        scaled = h.mul(2.0**self.exponent)
+        scaled = h.contiguous().mul(2.0**self.exponent)
         self._observe(scaled)
         return scaled.round_().to(self.integer)
 
@@ -128,50 +148,61 @@ class FixedPointStream:
         return state.to(self.dtype).mul_(2.0**-self.exponent)
 
     def step(
-        self, f: Tensor, h1: Tensor, state2: Tensor, alpha: float, beta: float
+        self, f: Tensor, state1: Tensor, state2: Tensor, alpha: float, beta: float, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One step forward.
 
         Args:
             f: F_i(h_{i-1}), any floating dtype.
-            h1: h_{i-1}, decoded.
-            state2: H_{i-2}.
+            state1, state2: H_{i-1}, H_{i-2}.
+            keep: whether there will be an inverse.
 
         Returns:
             H_i and what has to be kept for the inverse: the packed remainder (s bits an element),
-            H_{i-2} itself at beta = 0, None at beta = 1.
+            H_{i-2} itself at beta = 0, None at beta = 1 and without ``keep``.
         """
-        state = self._target(f, h1, alpha, observe=True)
+        state = self._target(f, state1, alpha, observe=True)
         m, s = _fraction(beta)
+        kept = None
         if m == 0:
-            return state, state2
-        if s == 0:
-            kept = None
+            kept = state2 if keep else None
+        elif s == 0:
             state += state2
         else:
-            low = (state2 & (2**s - 1)).mul_(m)
-            kept = pack_bits(low & (2**s - 1), s)
-            state += (state2 >> s).mul_(m).add_(low.bitwise_right_shift_(s))
+            # The product of the low bits fits a byte: both are below 16.
+            low = state2.to(torch.uint8).bitwise_and_(2**s - 1).mul_(m)
+            state.add_(state2 >> s, alpha=m)
+            if m > 1:
+                state += (low >> s).to(self.integer)
+            if keep:
+                kept = pack_bits(low.bitwise_and_(2**s - 1), s)
         self._observe(state)
         return state, kept
 
     def inverse(
-        self, state: Tensor, f: Tensor, h1: Tensor, kept: Tensor | None, alpha: float, beta: float
+        self,
+        state: Tensor,
+        f: Tensor,
+        state1: Tensor,
+        kept: Tensor | None,
+        alpha: float,
+        beta: float,
     ) -> Tensor:
         """One step back: H_{i-2} from H_i, from F_i(h_{i-1}) computed again, and from ``kept``."""
         m, s = _fraction(beta)
         if m == 0:
             assert kept is not None
             return kept
-        quotient = state - self._target(f, h1, alpha)
+        quotient = state - self._target(f, state1, alpha)
         if kept is None:
             return quotient
-        low = unpack_bits(kept, s, state.shape).to(self.integer)
-        low = low.mul_(_inverse_modulo(m, s)).bitwise_and_(2**s - 1)
-        quotient -= (low * m).bitwise_right_shift_(s)
-        # Integer products wrap around, which is what an inverse modulo 2^bits needs.
-        quotient *= _inverse_modulo(m, self.bits)
-        return quotient.bitwise_left_shift_(s).bitwise_or_(low)
+        low = unpack_bits(kept, s, state.shape)
+        if m > 1:
+            # Integer products wrap around, which is what inverses modulo 2^s and 2^bits need.
+            low.mul_(_inverse_modulo(m, 8)).bitwise_and_(2**s - 1)
+            quotient -= ((low * m) >> s).to(self.integer)
+            quotient *= _inverse_modulo(m, self.bits)
+        return quotient.bitwise_left_shift_(s).bitwise_or_(low.to(self.integer))
 
     def peak(self) -> float:
         """The largest |h| seen by ``step`` so far (nan if one was): one host synchronisation."""
@@ -182,8 +213,12 @@ class FixedPointStream:
         """Whether sums of two streams of this peak could leave the integer type; true for nan."""
         return not peak * 2.0**self.exponent < 2.0 ** (self.bits - 2)
 
-    def _target(self, f: Tensor, h1: Tensor, alpha: float, observe: bool = False) -> Tensor:
-        scaled = f.to(self.dtype).add(h1, alpha=alpha).mul_(2.0**self.exponent)
+    def _target(self, f: Tensor, state1: Tensor, alpha: float, observe: bool = False) -> Tensor:
+        # Products with powers of two are exact: this rounds as f + alpha * h_{i-1} does. The result
+        # has the layout of the state, whatever that of f, so both directions see the same.
+        scaled = state1.to(self.dtype)
+        f = f.to(self.dtype).mul(2.0**self.exponent)
+        torch.add(f, scaled, alpha=alpha, out=scaled)
         if observe:
             self._observe(scaled)
         return scaled.round_().to(self.integer)

@@ -1,47 +1,105 @@
-"""Running a residual function again exactly as it ran before: its random numbers, its autocast."""
+"""Running a residual function again exactly as it ran before.
+
+What a function depends on besides its input: random generators, its buffers, the autocast state.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False for fake and meta tensors, which carry shapes alone: there is nothing to check."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def rng_state(device: torch.device) -> tuple[Tensor, ...]:
-    """States of the generators that a function on ``device`` draws from."""
+    """States of the generators that a function on ``device`` draws from.
+
+    Under FakeTensorMode, where nothing is drawn, there are none.
+    """
+    if detect_fake_mode() is not None:
+        return ()
     if device.type == "cuda":
         return torch.get_rng_state(), torch.cuda.get_rng_state(device)
     return (torch.get_rng_state(),)
 
 
-def set_rng_state(device: torch.device, states: tuple[Tensor, ...]) -> None:
+def set_rng_state(device: torch.device, states: Sequence[Tensor]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
 
 
-@contextmanager
-def replayed_rng(device: torch.device, states: tuple[Tensor, ...]) -> Iterator[None]:
-    """Draw from ``states`` inside, leaving the global streams as they were (empty: do nothing)."""
-    if not states:
-        yield
-        return
-    outer = rng_state(device)
-    set_rng_state(device, states)
-    try:
-        yield
-    finally:
-        set_rng_state(device, outer)
+class Surroundings:
+    """The random generators of a device and some buffers, as they were at one moment.
+
+    Args:
+        device: whose generators.
+        rng: their states, or empty to leave the generators alone.
+        buffers: tensors that a function may change in place.
+        values: what they held.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        rng: Sequence[Tensor] = (),
+        buffers: Sequence[Tensor] = (),
+        values: Sequence[Tensor] = (),
+    ) -> None:
+        self._device = device
+        self.rng = tuple(rng)
+        self.buffers = list(buffers)
+        self.values = list(values)
+        self._versions = [buffer._version for buffer in buffers]
+
+    @classmethod
+    def now(cls, device: torch.device, buffers: Sequence[Tensor]) -> Surroundings:
+        return cls(device, rng_state(device), buffers, [buffer.clone() for buffer in buffers])
+
+    def changed(self) -> Surroundings:
+        """The part that is no longer as it was; no device is waited for."""
+        drew = not all(map(torch.equal, self.rng, rng_state(self._device)))
+        moved = [i for i, b in enumerate(self.buffers) if b._version != self._versions[i]]
+        return Surroundings(
+            self._device,
+            self.rng if drew else (),
+            [self.buffers[i] for i in moved],
+            [self.values[i] for i in moved],
+        )
+
+    def restore(self) -> None:
+        if self.rng:
+            set_rng_state(self._device, self.rng)
+        with torch.no_grad():
+            for buffer, value in zip(self.buffers, self.values, strict=True):
+                buffer.copy_(value)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Run in these surroundings inside, and leave everything as it was before."""
+        if not (self.rng or self.buffers):
+            yield
+            return
+        outer = Surroundings.now(self._device, self.buffers)
+        self.restore()
+        try:
+            yield
+        finally:
+            outer.restore()
 
 
 class AutocastState:
     """The autocast state of a device at construction, to be entered again later.
 
-    Entered without the weight cache: a copy of a weight cached by a forward without gradients would
-    cut that weight off in the backward, and the cache holds 2 bytes a parameter until the region
-    ends.
+    Entered without the weight cache, which would hold 2 bytes a parameter until the region ends.
     """
 
     def __init__(self, device: torch.device) -> None:

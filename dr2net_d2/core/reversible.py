@@ -10,22 +10,30 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dr2net_d2.core.coefficients import Coefficients
-from dr2net_d2.core.coupling import couple, error_growth
-from dr2net_d2.core.fixed_point import INTEGER_TYPES, FixedPointStream, FloatStream, StreamRange
-from dr2net_d2.core.replay import AutocastState, replayed_rng, rng_state, set_rng_state
+from dr2net_d2.core.coupling import couple, error_growth, stream_growth
+from dr2net_d2.core.fixed_point import FixedPointStream, FloatStream, StreamRange
+from dr2net_d2.core.replay import AutocastState, Surroundings, has_values
 from dr2net_d2.core.schedule import BETA_GRID
-from dr2net_d2.core.steps import Begin, Couple, Pass, ReversibleStep, Step
+from dr2net_d2.core.steps import Begin, Couple, Pass, Step
 
 logger = logging.getLogger(__name__)
 
 ARITHMETICS = ("exact", "float")
 FIRST_STATES = ("copy", "zero")
 OUTPUTS = ("last", "mean")
+STREAM_DTYPES = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+GROWTH_TO_WARN_OF = 100
 
 
 class ReversibleSequence(nn.Module):
@@ -33,18 +41,25 @@ class ReversibleSequence(nn.Module):
 
     Args:
         functions: modules computing F(h) without the shortcut, ``(..., C) -> (..., C)``. A module
-            with an attribute ``branches = n`` and a method ``branch_parameters(j)`` gives n steps,
-            called as ``module(h, j)``; a ViT block gives two. They must be deterministic given
-            torch's random state, and keep no state of their own.
-        coefficients: the pair used by every step, read at each forward.
+            with an attribute ``branches = n`` gives n steps, called as ``module(h, branch=j)``; a
+            ViT block gives two. Their values must follow from the input, torch's random state and
+            their buffers; buffers that a call changes, as BatchNorm's statistics, change once.
+        coefficients: one pair for all, or one per function; read at each forward.
         reversible: False runs the same arithmetic under plain autograd, storing everything.
         arithmetic: "exact", fixed-point streams, inverted bit for bit; or "float", the literature's
             way, whose reconstruction error grows per step by ``coupling.error_growth``.
         first_state: h_{-1}: "copy" of h_0, or "zero".
         output: the "last" stream, or the "mean" of the last two.
 
-    Shape: x ``(..., C)`` float32 or float64 (half types inside autocast) -> h_n of the same shape.
-    Without gradients the stack runs in floating point; it agrees with the exact streams to 2^-k.
+    Hooks on the functions fire as under torch's non-reentrant checkpoint: forward hooks in the
+    forward and once more when the function is recomputed, backward hooks once.
+
+    Shape: x ``(..., C)``, any floating dtype -> h_n of the same shape and dtype. The streams are
+    float64 for float64, else float32. Without gradients the stack runs in floating point; it agrees
+    with the exact streams to 2^-k.
+
+    Warns: once, if alpha + beta > 1 lets the streams grow beyond ``GROWTH_TO_WARN_OF``; and in
+        float arithmetic, if the inversion is too inexact for a gradient.
     """
 
     def __init__(
@@ -93,74 +108,85 @@ class ReversibleSequence(nn.Module):
         return self.get_submodule(str(range(len(self))[index]))
 
     def steps(self) -> list[Step]:
-        """The residual functions in order, with the trainable parameters of each."""
+        """The residual functions in order, each with its coefficients as they are now."""
         steps: list[Step] = []
-        for index in range(len(self)):
+        for index, (alpha, beta) in enumerate(self.coefficients.pairs(len(self))):
             module = self[index]
-            for branch in range(getattr(module, "branches", 1)):
-                steps.append(_step(module, index, branch, len(steps) + 1))
+            buffers = list(module.buffers())
+            name = f"({type(module).__name__} {index}"
+            if not hasattr(module, "branches"):
+                name = f"step {len(steps) + 1} {name})"
+                steps.append(Step(name, module, buffers, alpha, beta))
+                continue
+            for branch in range(module.branches):
+                function = partial(module, branch=branch)
+                numbered = f"step {len(steps) + 1} {name}, branch {branch})"
+                steps.append(Step(numbered, function, buffers, alpha, beta))
         return steps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
-            x = x.float()
-        if x.dtype not in INTEGER_TYPES:
-            raise TypeError(
-                f"the streams are {x.dtype}; use float32 or float64, autocast for half precision"
-            )
+        if x.dtype not in STREAM_DTYPES:
+            raise TypeError(f"the input is {x.dtype}; use one of {sorted(map(str, STREAM_DTYPES))}")
+        steps = self.steps()
         if not torch.is_grad_enabled():
-            return self._infer(x)
+            return self._infer(x, steps)
+        self._warn_of_growth(x.dtype, steps)
+        stream_dtype = STREAM_DTYPES[x.dtype]
         if self.arithmetic == "float":
-            self._warn_of_error_growth(x.dtype)
-            return self._run(x, FloatStream())
-        before = rng_state(x.device)
-        if not self.stream_range.measured:
-            self._measure(x)
+            return self._run(x, steps, FloatStream(stream_dtype))
+        before = _surroundings(x, steps)
+        if has_values(x) and not self.stream_range.measured:
+            self._measure(x, steps)
         for _ in range(2):
-            stream = FixedPointStream(self.stream_range.exponent(x.dtype), x.dtype)
-            out = self._run(x, stream)
+            stream = FixedPointStream(self.stream_range.exponent(stream_dtype), stream_dtype)
+            out = self._run(x, steps, stream)
+            if not has_values(x):
+                return out
             peak = stream.peak()
             if not stream.overflowed(peak):
                 self.stream_range.widen(peak)
                 return out
             self.overflows += 1
-            set_rng_state(x.device, before)
-            self._measure(x)
+            before.restore()
+            self._measure(x, steps)
             logger.warning(
                 "residual streams outgrew 2^%d fractional bits; the pass is repeated with 2^%d "
                 "(%d such passes so far)",
                 stream.exponent,
-                self.stream_range.exponent(x.dtype),
+                self.stream_range.exponent(stream_dtype),
                 self.overflows,
             )
         raise OverflowError(f"the residual streams overflow even at a measured peak of {peak}")
 
-    def _run(self, x: Tensor, stream: FixedPointStream | FloatStream) -> Tensor:
-        steps = self.steps()
-        run = Pass(steps, stream, *self.coefficients.values, x.device)
-        h1: Tensor = Begin.apply(run, self.first_state, x)
+    def _run(self, x: Tensor, steps: list[Step], stream: FixedPointStream | FloatStream) -> Tensor:
+        run = Pass(steps, stream, x.device, _inner_dtype(x))
+        h1: Tensor = Begin.apply(run, self.first_state, x.to(stream.dtype))
         h2 = h1 if self.first_state == "copy" else None
         for index, step in enumerate(steps):
             if self.reversible:
-                h = ReversibleStep.apply(run, index, h1, h2, *step.parameters)
+                f, surroundings = run.evaluate(index, h1)
+                h = Couple.apply(run, index, surroundings, f, h1, h2)
             elif self.arithmetic == "exact":
-                h = Couple.apply(run, step.function(h1), h1, h2)
+                h = Couple.apply(run, index, None, step.function(h1.to(run.inner_dtype)), h1, h2)
             else:
                 before = torch.zeros_like(h1) if h2 is None else h2
-                h = couple(step.function(h1), h1, before, run.alpha, run.beta)
+                f = step.function(h1.to(run.inner_dtype))
+                h = couple(f, h1, before, step.alpha, step.beta)
             h1, h2 = h, h1
         run.states = None
-        return self._output(h1, h2)
+        return self._output(h1, h2).to(x.dtype)
 
-    def _infer(self, x: Tensor, observe: Callable[[str, Tensor], None] | None = None) -> Tensor:
-        alpha, beta = self.coefficients.values
-        h1, h2 = x, x if self.first_state == "copy" else torch.zeros_like(x)
-        for step in self.steps():
-            h = couple(step.function(h1), h1, h2, alpha, beta)
+    def _infer(
+        self, x: Tensor, steps: list[Step], observe: Callable[[str, Tensor], None] | None = None
+    ) -> Tensor:
+        h1 = x.to(STREAM_DTYPES[x.dtype])
+        h2 = h1 if self.first_state == "copy" else torch.zeros_like(h1)
+        for step in steps:
+            h = couple(step.function(h1.to(_inner_dtype(x))), h1, h2, step.alpha, step.beta)
             h1, h2 = h, h1
             if observe is not None:
                 observe(step.name, h)
-        return self._output(h1, h2)
+        return self._output(h1, h2).to(x.dtype)
 
     def _output(self, h1: Tensor, h2: Tensor | None) -> Tensor:
         if self.output == "last":
@@ -169,10 +195,10 @@ class ReversibleSequence(nn.Module):
         return (h1 + h2) / 2
 
     @torch.no_grad()
-    def _measure(self, x: Tensor) -> None:
+    def _measure(self, x: Tensor, steps: list[Step]) -> None:
         """Widen the range to the peak of a floating-point pass over ``x``.
 
-        The pass draws what the next one will draw: it leaves the random streams as they are.
+        The pass draws what the next one will draw, and leaves generators and buffers as they are.
         """
 
         def observe(name: str, h: Tensor) -> None:
@@ -185,35 +211,43 @@ class ReversibleSequence(nn.Module):
             self.stream_range.widen(peak)
 
         observe("the input", x)
-        with replayed_rng(x.device, rng_state(x.device)), AutocastState(x.device)():
-            self._infer(x, observe)
+        with _surroundings(x, steps).replayed(), AutocastState(x.device)():
+            self._infer(x, steps, observe)
 
-    def _warn_of_error_growth(self, dtype: torch.dtype) -> None:
-        alpha, beta = self.coefficients.values
-        if not self.reversible or beta == 0 or self._warned:
+    def _warn_of_growth(self, dtype: torch.dtype, steps: list[Step]) -> None:
+        if self._warned:
             return
-        growth, steps = error_growth(alpha, beta), len(self.steps())
-        if math.log(torch.finfo(dtype).eps) + steps * math.log(growth) > math.log(1e-3):
+        growth = math.prod(stream_growth(step.alpha, step.beta) for step in steps)
+        if growth > GROWTH_TO_WARN_OF:
             self._warned = True
             warnings.warn(
-                f"floating-point inversion at alpha={alpha:g}, beta={beta:g} amplifies rounding "
-                f"errors {growth:.3g}x per step over {steps} steps, so the gradient will be wrong; "
-                "arithmetic='exact' has no such error",
+                f"alpha + beta > 1 lets the streams grow {growth:.3g}x over {len(steps)} steps; "
+                "keep alpha + beta <= 1",
+                stacklevel=3,
+            )
+        if self.arithmetic == "exact" or not self.reversible:
+            return
+        # A state that is kept whole, at beta 0, starts afresh.
+        growths = [error_growth(step.alpha, step.beta) for step in steps if step.beta]
+        error = torch.finfo(dtype).eps * math.prod(growths)
+        if error > 1e-3:
+            self._warned = True
+            warnings.warn(
+                f"floating-point inversion amplifies rounding errors {max(growths):.3g}x per step "
+                f"(alpha {steps[0].alpha:g}, beta {steps[0].beta:g}, {len(steps)} steps), so the "
+                "gradient will be wrong; arithmetic='exact' has no such error",
                 stacklevel=3,
             )
 
 
-def _step(module: nn.Module, index: int, branch: int, number: int) -> Step:
-    name = f"step {number} ({type(module).__name__} {index}"
-    if not hasattr(module, "branches"):
-        parameters = _trainable(module.parameters())
-        return Step(f"{name})", module, parameters)
-    parameters = _trainable(module.branch_parameters(branch))  # type: ignore[operator]
-    return Step(f"{name}, branch {branch})", lambda h: module(h, branch), parameters)
+def _surroundings(x: Tensor, steps: list[Step]) -> Surroundings:
+    buffers = {id(buffer): buffer for step in steps for buffer in step.buffers}
+    return Surroundings.now(x.device, list(buffers.values()))
 
 
-def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    return [parameter for parameter in parameters if parameter.requires_grad]
+def _inner_dtype(x: Tensor) -> torch.dtype:
+    """What the functions are called with: x's dtype, but autocast makes its own of float32."""
+    return STREAM_DTYPES[x.dtype] if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:

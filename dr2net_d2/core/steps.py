@@ -1,52 +1,75 @@
-"""The autograd Functions behind ``ReversibleSequence``: one for each step of a stack.
+"""One pass through a stack of residual functions, and the rebuilding of its streams on the way back.
 
-Each step is a Function of its own, so parameter gradients are handed over as soon as the step is
-done (DDP can reduce them while earlier steps still run). The tensors between steps carry gradients,
-not memory: nothing saves them. The last step saves the two final streams, every step saves its
-remainder bits, and the backward passes the rebuilt streams from step to step.
+Every F_i is part of the ordinary autograd graph: parameters, hooks, DDP and FSDP see the network
+that they know. What autograd would save inside F_i is dropped in the forward and, as in torch's
+non-reentrant checkpoint, comes from a recomputation when the first node of F_i asks for it. What a
+checkpoint stores for that, the input of every function, is rebuilt here instead: the last ``Couple``
+saves the two final streams, every ``Couple`` saves the remainder bits of its step, and one state is
+recovered per recomputation, from the last step down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from itertools import count
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from dr2net_d2.core.fixed_point import FixedPointStream, FloatStream
-from dr2net_d2.core.replay import AutocastState, replayed_rng, rng_state
+from dr2net_d2.core.replay import AutocastState, Surroundings, has_values
 
 
 class Step(NamedTuple):
-    """One residual function: its name for messages, the call, the parameters that it reads."""
+    """One residual function: its name for messages, the call, its buffers, its coefficients."""
 
     name: str
     function: Callable[[Tensor], Tensor]
-    parameters: list[nn.Parameter]
+    buffers: list[Tensor]
+    alpha: float
+    beta: float
+
+
+class Due(NamedTuple):
+    """A step whose recomputation is the next one, with what its ``Couple`` had saved for it."""
+
+    index: int
+    kept: Tensor | None
+    surroundings: Surroundings
 
 
 class Pass:
-    """What the steps of one forward share, and hand to each other in its backward."""
+    """What the steps of one forward share, and hand to each other in its backward.
+
+    Args:
+        steps: in order.
+        stream: the arithmetic.
+        device: of the streams.
+        inner_dtype: of the tensors that the functions are called with.
+    """
 
     def __init__(
         self,
         steps: list[Step],
         stream: FixedPointStream | FloatStream,
-        alpha: float,
-        beta: float,
         device: torch.device,
+        inner_dtype: torch.dtype,
     ) -> None:
         self.steps = steps
         self.stream = stream
-        self.alpha = alpha
-        self.beta = beta
+        self.device = device
         self.autocast = AutocastState(device)
-        self.first = len(steps)  # the earliest step that has a backward
-        self.cursor = 0  # the step whose backward may run next
+        self.inner_dtype = inner_dtype
         self.states: tuple[Tensor, Tensor] | None = None  # (state_i, state_{i-1})
         self.checksums: list[Tensor] = []  # of state_{-1}, state_0, state_1 ...
+        self.saved_counts: list[int] = []  # tensors that autograd saved inside each function
+        self.needs_input_grad: list[bool] = []
+        self.due: Due | None = None
+        self.rebuilt: tuple[int, list[Tensor | None]] = (-1, [])
         self.mismatches: list[tuple[int, Tensor]] = []
 
     def begin(self, x: Tensor, first_state: str) -> Tensor:
@@ -57,43 +80,114 @@ class Pass:
         self._record(state)
         return self.stream.decode(state)
 
-    def advance(self, f: Tensor, h1: Tensor) -> tuple[Tensor, Tensor | None]:
+    def evaluate(self, index: int, h1: Tensor) -> tuple[Tensor, Surroundings]:
+        """F_i(h_{i-1}), saving nothing inside; and the surroundings that it has changed, as before."""
+        step = self.steps[index]
+        before = Surroundings.now(self.device, step.buffers)
+        numbers = count()
+        with (
+            saved_tensors_hooks(lambda _: next(numbers), lambda number: self.saved(index, number)),
+            self.autocast(),
+        ):
+            f = step.function(h1.to(self.inner_dtype))
+        if f.shape != h1.shape:
+            raise ValueError(
+                f"{step.name} returned {tuple(f.shape)} for an input of {tuple(h1.shape)}; a "
+                "residual function keeps the shape"
+            )
+        self.saved_counts.append(next(numbers))
+        self.needs_input_grad.append(h1.requires_grad)
+        return f, before.changed()
+
+    def advance(self, index: int, f: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
         """One step forward; returns h_i and what its inverse will need besides the streams."""
         assert self.states is not None
-        state1, state2 = self.states
-        state, kept = self.stream.step(f, h1, state2, self.alpha, self.beta)
+        step, (state1, state2) = self.steps[index], self.states
+        state, kept = self.stream.step(f, state1, state2, step.alpha, step.beta, keep)
         self.states = (state, state1)
         self._record(state)
         return self.stream.decode(state), kept
 
-    def retreat(self, index: int, f: Tensor, h1: Tensor, kept: Tensor | None) -> None:
-        """One step back, checked against the forward."""
+    def restart(self, states: tuple[Tensor, Tensor]) -> None:
+        """A backward begins, at the last step."""
+        self.states, self.due, self.rebuilt, self.mismatches = states, None, (-1, []), []
+        # Runs when this backward has ended, however many of the steps it went through.
+        Variable._execution_engine.queue_callback(self._finish)
+
+    def schedule(self, due: Due) -> None:
+        """The gradient has arrived at a step: it will be recomputed as soon as it is needed."""
+        self._recompute()
+        if self.states is None:
+            self._streams_missing(due.index)
+        self.due = due
+        if not self.saved_counts[due.index]:
+            self._recompute()
+
+    def saved(self, index: int, number: int) -> Tensor:
+        """A tensor that autograd would have saved inside a step; each may be asked for once."""
+        if self.due is not None and self.due.index == index:
+            self._recompute()
+        if self.rebuilt[0] != index:
+            self._streams_missing(index)
+        tensors = self.rebuilt[1]
+        tensor, tensors[number] = tensors[number], None
+        if tensor is None:
+            raise RuntimeError(
+                f"{self.steps[index].name}: a saved tensor was read twice in one backward; an "
+                "autograd Function inside must read ctx.saved_tensors once"
+            )
+        return tensor
+
+    def _recompute(self) -> None:
+        """Run the due function again and take its step back."""
+        if self.due is None:
+            return
         assert self.states is not None
-        state, state1 = self.states
-        state2 = self.stream.inverse(state, f, h1, kept, self.alpha, self.beta)
+        (index, kept, surroundings), self.due = self.due, None
+        step, (state, state1) = self.steps[index], self.states
+        h1 = self.stream.decode(state1).detach().requires_grad_(self.needs_input_grad[index])
+        tensors: list[Tensor | None] = []
+        with (
+            surroundings.replayed(),
+            torch.enable_grad(),
+            saved_tensors_hooks(lambda tensor: tensors.append(tensor.detach()), _unreachable),
+            self.autocast(),
+        ):
+            f = step.function(h1.to(self.inner_dtype)).detach()
+        if len(tensors) != self.saved_counts[index]:
+            raise RuntimeError(
+                f"{step.name} saved {self.saved_counts[index]} tensors in the forward and "
+                f"{len(tensors)} when it was recomputed; {CAUSES}"
+            )
+        self.rebuilt = (index, tensors)
+        state2 = self.stream.inverse(state, f, state1, kept, step.alpha, step.beta)
         self.states = (state1, state2)
         if self.checksums:
-            self.mismatches.append((index, state2.sum() != self.checksums[index]))
-        if index == self.first:
-            self._finish()
-        self.cursor = index - 1
+            self.mismatches.append((index, _checksum(state2) != self.checksums[index]))
 
     def _record(self, state: Tensor) -> None:
         if isinstance(self.stream, FixedPointStream):
-            self.checksums.append(state.sum())
+            self.checksums.append(_checksum(state))
+
+    def _streams_missing(self, index: int) -> NoReturn:
+        raise RuntimeError(
+            f"the streams at {self.steps[index].name} are not at hand: the backward of a reversible "
+            "stack starts from its output; add losses on inner values to one sum and call "
+            "backward once"
+        )
 
     def _finish(self) -> None:
-        self.states = None
+        self.states, self.rebuilt = None, (-1, [])
         found, self.mismatches = self.mismatches, []
-        # One host synchronisation for all steps.
-        if found and bool((wrong := torch.stack([mismatch for _, mismatch in found])).any()):
+        if not found or not has_values(found[0][1]):
+            return
+        # One host synchronisation for all steps. The first that differs spoils those below it.
+        wrong = torch.stack([mismatch for _, mismatch in found])
+        if wrong.any():
             name = self.steps[found[int(wrong.to(torch.uint8).argmax())][0]].name
             raise RuntimeError(
                 f"{name} gave another value when it was recomputed in the backward, so the "
-                "gradient would be wrong. Usual causes: a nondeterministic kernel "
-                "(torch.use_deterministic_algorithms), kernel autotuning between the passes "
-                "(torch.backends.cudnn.benchmark), weights or buffers changed between forward and "
-                "backward, randomness that does not come from torch's global generators"
+                f"gradient is wrong; {CAUSES}"
             )
 
 
@@ -110,73 +204,69 @@ class Begin(torch.autograd.Function):
 
 
 class Couple(torch.autograd.Function):
-    """(f, h_{i-1}, h_{i-2}) -> h_i in the stream's arithmetic; rounding has gradient 1."""
+    """(f, h_{i-1}, h_{i-2}) -> h_i in the stream's arithmetic; rounding has gradient 1.
 
-    @staticmethod
-    def forward(ctx: Any, run: Pass, f: Tensor, h1: Tensor, h2: Tensor | None) -> Tensor:
-        ctx.run, ctx.f_dtype = run, f.dtype
-        return run.advance(f, h1)[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_h2 = ctx.run.beta * grad if ctx.needs_input_grad[3] else None
-        return None, grad.to(ctx.f_dtype), ctx.run.alpha * grad, grad_h2
-
-
-class ReversibleStep(torch.autograd.Function):
-    """(h_{i-1}, h_{i-2}, parameters of F_i) -> h_i, storing neither h nor anything inside F_i."""
+    With the surroundings of a reversible step it saves what rebuilding needs; without (None) the
+    functions have saved their activations, and it saves nothing.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, run: Pass, index: int, h1: Tensor, h2: Tensor | None, *parameters: Tensor
+        ctx: Any,
+        run: Pass,
+        index: int,
+        surroundings: Surroundings | None,
+        f: Tensor,
+        h1: Tensor,
+        h2: Tensor | None,
     ) -> Tensor:
-        before = rng_state(h1.device)
-        with run.autocast():
-            f = run.steps[index].function(h1)
-        h, kept = run.advance(f, h1)
-        if any(ctx.needs_input_grad):
-            run.first = min(run.first, index)
-            drew = not all(map(torch.equal, before, rng_state(h1.device)))
-            final = run.states if index == len(run.steps) - 1 else None
-            ctx.run, ctx.index = run, index
-            ctx.layout = (kept is not None, final is not None)
-            kept_tensors = () if kept is None else (kept,)
-            ctx.save_for_backward(*(before if drew else ()), *kept_tensors, *(final or ()))
+        keep = surroundings is not None and any(ctx.needs_input_grad)
+        h, kept = run.advance(index, f, keep)
+        ctx.run, ctx.index, ctx.f_dtype, ctx.rebuild = run, index, f.dtype, keep
+        if keep:
+            assert surroundings is not None
+            is_last = index == len(run.steps) - 1
+            ctx.buffers = surroundings.buffers
+            ctx.layout = (len(surroundings.rng), kept is not None, is_last)
+            saved = [*surroundings.rng, *surroundings.values]
+            saved += [kept] if kept is not None else []
+            ctx.save_for_backward(*saved, *(run.states if is_last else ()))
         return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         run, index = ctx.run, ctx.index
-        step = run.steps[index]
-        has_kept, is_last = ctx.layout
-        saved = list(ctx.saved_tensors)
-        if is_last:
-            run.states = (saved.pop(-2), saved.pop(-1))
-            run.mismatches = []
-        elif run.cursor != index or run.states is None:
-            raise RuntimeError(
-                f"the streams at {step.name} are not at hand: the backward of a reversible stack "
-                "runs from its last step down, once per call of backward"
-            )
-        kept = saved.pop() if has_kept else None
-        needs_h1, needs_h2 = ctx.needs_input_grad[2:4]
-
-        h1 = run.stream.decode(run.states[1]).detach().requires_grad_(needs_h1)
-        wanted = [h1] * needs_h1 + step.parameters
-        with replayed_rng(h1.device, tuple(saved)), torch.enable_grad(), run.autocast():
-            f = step.function(h1)
-        run.retreat(index, f.detach(), h1.detach(), kept)
-        grads: list[Tensor | None] = [None] * len(wanted)
-        if f.requires_grad:
-            grads = list(torch.autograd.grad(f, wanted, grad.to(f.dtype), allow_unused=True))
-
-        grad_h1 = grad_h2 = None
-        if needs_h1:
-            through_f = grads.pop(0)
-            grad_h1 = run.alpha * grad
-            if through_f is not None:
-                grad_h1 += through_f
+        if ctx.rebuild:
+            draws, has_kept, is_last = ctx.layout
+            saved = list(ctx.saved_tensors)
+            if is_last:
+                run.restart((saved.pop(-2), saved.pop(-1)))
+            kept = saved.pop() if has_kept else None
+            surroundings = Surroundings(run.device, saved[:draws], ctx.buffers, saved[draws:])
+            run.schedule(Due(index, kept, surroundings))
+        alpha, beta = run.steps[index].alpha, run.steps[index].beta
+        needs_f, needs_h1, needs_h2 = ctx.needs_input_grad[3:]
+        grad_f = grad.to(ctx.f_dtype) if needs_f else None
+        grad_h1 = (grad if alpha == 1 else alpha * grad) if needs_h1 else None
+        grad_h2 = None
         if needs_h2:
-            grad_h2 = run.beta * grad
-        return None, None, grad_h1, grad_h2, *grads
+            grad_h2 = grad_h1 if beta == alpha and needs_h1 else beta * grad
+        return None, None, None, grad_f, grad_h1, grad_h2
+
+
+CAUSES = (
+    "usual causes: a nondeterministic kernel (torch.use_deterministic_algorithms), kernel autotuning "
+    "between the passes (torch.backends.cudnn.benchmark), cuBLAS on several streams "
+    "(CUBLAS_WORKSPACE_CONFIG), weights changed between forward and backward, state that the "
+    "function keeps outside its buffers, randomness that does not come from torch's default "
+    "generators"
+)
+
+
+def _checksum(state: Tensor) -> Tensor:
+    return state.sum(dtype=state.dtype)
+
+
+def _unreachable(_: object) -> NoReturn:
+    raise AssertionError("the graph of a recomputation is never walked")

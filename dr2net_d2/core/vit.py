@@ -6,8 +6,7 @@ carry over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -116,10 +115,6 @@ class Block(nn.Module):
         else:
             x = self.attn(x)
         return self.drop_path(x)
-
-    def branch_parameters(self, branch: int) -> Iterable[nn.Parameter]:
-        used = (self.norm2, self.mlp) if branch else (self.norm1, self.attn)
-        return chain.from_iterable(module.parameters() for module in used)
 
 
 class Dr2NetViT(nn.Module):

@@ -19,10 +19,11 @@ GRID = [m / 16 for m in range(17)]
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 @pytest.mark.parametrize("shape", [(8,), (3, 5, 7), (1,), (16, 4)])
 def test_packing_round_trip_at_its_true_width(width, shape):
-    values = torch.randint(0, 2**width, shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 2**width, shape, generator=generator, dtype=torch.uint8)
     packed = pack_bits(values, width)
     assert packed.dtype == torch.uint8
-    assert torch.equal(unpack_bits(packed, width, values.shape).long(), values)
+    assert torch.equal(unpack_bits(packed, width, values.shape), values)
     # At most one padding byte for each power of two in the width.
     assert 8 * packed.numel() <= values.numel() * width + 8 * bin(width).count("1")
 
@@ -36,17 +37,18 @@ def test_step_equals_integer_arithmetic_and_inverts(beta, dtype):
     state2 = torch.randint(-largest, largest, (5, 33), generator=generator).to(stream.integer)
     state2[0, :4] = torch.tensor([largest, -largest, 0, -1])
     f, h1 = torch.randn(2, 5, 33, generator=generator, dtype=dtype)
+    state1 = stream.encode(h1)
     alpha = 1 - beta
 
-    state, kept = stream.step(f, h1, state2, alpha, beta)
+    state, kept = stream.step(f, state1, state2, alpha, beta, keep=True)
 
-    target = (f.add(h1, alpha=alpha) * 2.0**20).round().long()
+    target = (f.add(stream.decode(state1), alpha=alpha) * 2.0**20).round().long()
     expected = [
         int(t) + (Fraction(beta) * int(s)).__floor__()
         for t, s in zip(target.flatten(), state2.flatten(), strict=True)
     ]
     assert state.flatten().tolist() == expected
-    assert torch.equal(stream.inverse(state, f, h1, kept, alpha, beta), state2)
+    assert torch.equal(stream.inverse(state, f, state1, kept, alpha, beta), state2)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +57,9 @@ def test_step_equals_integer_arithmetic_and_inverts(beta, dtype):
 def test_remainders_take_their_bits_and_no_more(beta, bits):
     stream = FixedPointStream(20, torch.float32)
     state2 = torch.arange(8000, dtype=torch.int32)
-    _, kept = stream.step(torch.zeros(8000), torch.zeros(8000), state2, 1 - beta, beta)
+    _, kept = stream.step(torch.zeros(8000), state2, state2, 1 - beta, beta, keep=True)
     assert (0 if kept is None else kept.nbytes) == 8000 * bits / 8
+    assert stream.step(torch.zeros(8000), state2, state2, 1 - beta, beta, keep=False)[1] is None
 
 
 def test_encode_and_decode():
@@ -71,12 +74,14 @@ def test_encode_and_decode():
 
 def test_peak_and_overflow_are_seen():
     stream = FixedPointStream(20, torch.float32)
-    stream.step(torch.tensor([3.0, -900.0]), torch.zeros(2), torch.zeros(2).int(), 1.0, 0.5)
+    stream.step(
+        torch.tensor([3.0, -900.0]), torch.zeros(2).int(), torch.zeros(2).int(), 1.0, 0.5, True
+    )
     assert stream.peak() == 900
     assert not stream.overflowed(900) and stream.overflowed(1024.0)
     assert stream.overflowed(float("nan")) and stream.overflowed(float("inf"))
     # 3000 * 2^20 is beyond int32 altogether.
-    stream.step(torch.tensor([3000.0]), torch.zeros(1), torch.zeros(1).int(), 1.0, 0.5)
+    stream.step(torch.tensor([3000.0]), torch.zeros(1).int(), torch.zeros(1).int(), 1.0, 0.5, True)
     assert stream.overflowed(stream.peak())
 
 
@@ -97,14 +102,14 @@ def test_exponent_keeps_eightfold_headroom(peak, dtype, exponent):
 def test_beta_off_the_grid_is_refused():
     stream = FixedPointStream(20, torch.float32)
     with pytest.raises(ValueError, match=r"beta is 0\.1; .* multiple of 1/16"):
-        stream.step(torch.zeros(1), torch.zeros(1), torch.zeros(1).int(), 0.9, 0.1)
+        stream.step(torch.zeros(1), torch.zeros(1).int(), torch.zeros(1).int(), 0.9, 0.1, True)
 
 
 def test_float_stream_inverts_approximately_and_keeps_the_state_at_beta_0():
-    stream = FloatStream()
+    stream = FloatStream(torch.float32)
     f, h1, h2 = torch.randn(3, 100, generator=torch.Generator().manual_seed(2))
-    h, kept = stream.step(f, h1, h2, 0.5, 0.5)
+    h, kept = stream.step(f, h1, h2, 0.5, 0.5, True)
     assert kept is None
     torch.testing.assert_close(stream.inverse(h, f, h1, kept, 0.5, 0.5), h2)
-    h, kept = stream.step(f, h1, h2, 1.0, 0.0)
+    h, kept = stream.step(f, h1, h2, 1.0, 0.0, True)
     assert torch.equal(stream.inverse(h, f, h1, kept, 1.0, 0.0), h2)
