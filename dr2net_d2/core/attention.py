@@ -116,12 +116,22 @@ class Attention(nn.Module):
         return self.proj(out)
 
     def _biased(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
-        # Written out: a fused kernel may be another one with gradients than without, and what it
-        # gives must be the same in both.
+        """Attention with the logits q k / sqrt(d) + q R_row + q R_column, never built as a matrix.
+
+        A query's position logits are appended to it as channels, to a key the one-hot code of its
+        row and column: one inner product sums all three.
+        """
         h, w = size
         grid = q.unflatten(2, size)
         on_height = torch.einsum("bnhwc,hkc->bnhwk", grid, relative_positions(self.rel_pos_h, h))
         on_width = torch.einsum("bnhwc,wkc->bnhwk", grid, relative_positions(self.rel_pos_w, w))
-        bias = on_height[..., None] + on_width[..., None, :]
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.flatten(4).flatten(2, 3)
-        return logits.softmax(dim=-1) @ v
+        cells = torch.arange(h * w, device=q.device)
+        place = torch.cat([F.one_hot(cells // w, h), F.one_hot(cells % w, w)], -1).to(k.dtype)
+        queries = (q * q.shape[-1] ** -0.5, on_height.flatten(2, 3), on_width.flatten(2, 3))
+        out = F.scaled_dot_product_attention(
+            torch.cat(queries, -1),
+            torch.cat([k, place.expand(*k.shape[:2], -1, -1)], -1),
+            F.pad(v, (0, h + w)),  # fused kernels want one width
+            scale=1.0,
+        )
+        return out[..., : v.shape[-1]]

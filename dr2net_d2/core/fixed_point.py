@@ -237,18 +237,24 @@ class StreamRange(HostScalars):
         super().__init__(peak=0.0)
 
     @property
+    def largest(self) -> float:
+        value = self._host["peak"]
+        assert isinstance(value, float)
+        return value
+
+    @property
     def measured(self) -> bool:
-        return self._host["peak"] > 0
+        return self.largest > 0
 
     def widen(self, peak: float) -> None:
-        if peak > self._host["peak"]:
+        if peak > self.largest:
             self.assign(peak=peak)
 
     def exponent(self, dtype: torch.dtype) -> int:
         """k: the largest that keeps 8x headroom over the peak in the integer type."""
         bits = torch.iinfo(INTEGER_TYPES[dtype]).bits - 1
         # The least tiny peak still gives an exponent whose powers of two are finite floats.
-        return bits - HEADROOM_BITS - math.ceil(math.log2(max(self._host["peak"], 2.0**-40)))
+        return bits - HEADROOM_BITS - math.ceil(math.log2(max(self.largest, 2.0**-40)))
 
 
 def _fraction(beta: float) -> tuple[int, int]:

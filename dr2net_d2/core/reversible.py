@@ -118,7 +118,7 @@ class ReversibleSequence(nn.Module):
                 name = f"step {len(steps) + 1} {name})"
                 steps.append(Step(name, module, buffers, alpha, beta))
                 continue
-            for branch in range(module.branches):
+            for branch in range(module.branches):  # type: ignore[arg-type]
                 function = partial(module, branch=branch)
                 numbered = f"step {len(steps) + 1} {name}, branch {branch})"
                 steps.append(Step(numbered, function, buffers, alpha, beta))
@@ -129,8 +129,14 @@ class ReversibleSequence(nn.Module):
             raise TypeError(f"the input is {x.dtype}; use one of {sorted(map(str, STREAM_DTYPES))}")
         steps = self.steps()
         if not torch.is_grad_enabled():
-            return self._infer(x, steps)
+            return self._plain(x, steps)
         self._warn_of_growth(x.dtype, steps)
+        if self.arithmetic == "float" and not self.reversible:
+            return self._plain(x, steps)
+        return self._train(x, steps)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _train(self, x: Tensor, steps: list[Step]) -> Tensor:
         stream_dtype = STREAM_DTYPES[x.dtype]
         if self.arithmetic == "float":
             return self._run(x, steps, FloatStream(stream_dtype))
@@ -165,18 +171,14 @@ class ReversibleSequence(nn.Module):
         for index, step in enumerate(steps):
             if self.reversible:
                 f, surroundings = run.evaluate(index, h1)
-                h = Couple.apply(run, index, surroundings, f, h1, h2)
-            elif self.arithmetic == "exact":
-                h = Couple.apply(run, index, None, step.function(h1.to(run.inner_dtype)), h1, h2)
             else:
-                before = torch.zeros_like(h1) if h2 is None else h2
-                f = step.function(h1.to(run.inner_dtype))
-                h = couple(f, h1, before, step.alpha, step.beta)
+                f, surroundings = step.function(h1.to(run.inner_dtype)), None
+            h = Couple.apply(run, index, surroundings, f, h1, h2)
             h1, h2 = h, h1
         run.states = None
         return self._output(h1, h2).to(x.dtype)
 
-    def _infer(
+    def _plain(
         self, x: Tensor, steps: list[Step], observe: Callable[[str, Tensor], None] | None = None
     ) -> Tensor:
         h1 = x.to(STREAM_DTYPES[x.dtype])
@@ -212,7 +214,7 @@ class ReversibleSequence(nn.Module):
 
         observe("the input", x)
         with _surroundings(x, steps).replayed(), AutocastState(x.device)():
-            self._infer(x, steps, observe)
+            self._plain(x, steps, observe)
 
     def _warn_of_growth(self, dtype: torch.dtype, steps: list[Step]) -> None:
         if self._warned:

@@ -1,17 +1,16 @@
-"""One pass through a stack of residual functions, and the rebuilding of its streams on the way back.
+"""One pass through a stack of residual functions, and the rebuilding of its streams.
 
 Every F_i is part of the ordinary autograd graph: parameters, hooks, DDP and FSDP see the network
 that they know. What autograd would save inside F_i is dropped in the forward and, as in torch's
 non-reentrant checkpoint, comes from a recomputation when the first node of F_i asks for it. What a
-checkpoint stores for that, the input of every function, is rebuilt here instead: the last ``Couple``
-saves the two final streams, every ``Couple`` saves the remainder bits of its step, and one state is
-recovered per recomputation, from the last step down.
+checkpoint stores for that, the input of every function, is rebuilt here instead: the last
+``Couple`` saves the two final streams, every ``Couple`` the remainder bits of its step, and each
+recomputation recovers one state, from the last step down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -22,6 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dr2net_d2.core.fixed_point import FixedPointStream, FloatStream
 from dr2net_d2.core.replay import AutocastState, Surroundings, has_values
+
+Kind = tuple[torch.Size, torch.dtype]
 
 
 class Step(NamedTuple):
@@ -37,7 +38,7 @@ class Step(NamedTuple):
 class Due(NamedTuple):
     """A step whose recomputation is the next one, with what its ``Couple`` had saved for it."""
 
-    index: int
+    position: int
     kept: Tensor | None
     surroundings: Surroundings
 
@@ -66,7 +67,7 @@ class Pass:
         self.inner_dtype = inner_dtype
         self.states: tuple[Tensor, Tensor] | None = None  # (state_i, state_{i-1})
         self.checksums: list[Tensor] = []  # of state_{-1}, state_0, state_1 ...
-        self.saved_counts: list[int] = []  # tensors that autograd saved inside each function
+        self.dropped: list[list[Kind]] = []  # what autograd would have saved inside each function
         self.needs_input_grad: list[bool] = []
         self.due: Due | None = None
         self.rebuilt: tuple[int, list[Tensor | None]] = (-1, [])
@@ -81,12 +82,17 @@ class Pass:
         return self.stream.decode(state)
 
     def evaluate(self, index: int, h1: Tensor) -> tuple[Tensor, Surroundings]:
-        """F_i(h_{i-1}), saving nothing inside; and the surroundings that it has changed, as before."""
+        """F_i(h_{i-1}), saving nothing inside, and those of its surroundings that it changed."""
         step = self.steps[index]
         before = Surroundings.now(self.device, step.buffers)
-        numbers = count()
+        dropped: list[Kind] = []
+
+        def drop(tensor: Tensor) -> int:
+            dropped.append((tensor.shape, tensor.dtype))
+            return len(dropped) - 1
+
         with (
-            saved_tensors_hooks(lambda _: next(numbers), lambda number: self.saved(index, number)),
+            saved_tensors_hooks(drop, lambda number: self.saved(index, number)),
             self.autocast(),
         ):
             f = step.function(h1.to(self.inner_dtype))
@@ -95,7 +101,7 @@ class Pass:
                 f"{step.name} returned {tuple(f.shape)} for an input of {tuple(h1.shape)}; a "
                 "residual function keeps the shape"
             )
-        self.saved_counts.append(next(numbers))
+        self.dropped.append(dropped)
         self.needs_input_grad.append(h1.requires_grad)
         return f, before.changed()
 
@@ -118,14 +124,14 @@ class Pass:
         """The gradient has arrived at a step: it will be recomputed as soon as it is needed."""
         self._recompute()
         if self.states is None:
-            self._streams_missing(due.index)
+            self._streams_missing(due.position)
         self.due = due
-        if not self.saved_counts[due.index]:
+        if not self.dropped[due.position]:
             self._recompute()
 
     def saved(self, index: int, number: int) -> Tensor:
         """A tensor that autograd would have saved inside a step; each may be asked for once."""
-        if self.due is not None and self.due.index == index:
+        if self.due is not None and self.due.position == index:
             self._recompute()
         if self.rebuilt[0] != index:
             self._streams_missing(index)
@@ -146,7 +152,7 @@ class Pass:
         (index, kept, surroundings), self.due = self.due, None
         step, (state, state1) = self.steps[index], self.states
         h1 = self.stream.decode(state1).detach().requires_grad_(self.needs_input_grad[index])
-        tensors: list[Tensor | None] = []
+        tensors: list[Tensor] = []
         with (
             surroundings.replayed(),
             torch.enable_grad(),
@@ -154,12 +160,12 @@ class Pass:
             self.autocast(),
         ):
             f = step.function(h1.to(self.inner_dtype)).detach()
-        if len(tensors) != self.saved_counts[index]:
+        if [(tensor.shape, tensor.dtype) for tensor in tensors] != self.dropped[index]:
             raise RuntimeError(
-                f"{step.name} saved {self.saved_counts[index]} tensors in the forward and "
-                f"{len(tensors)} when it was recomputed; {CAUSES}"
+                f"{step.name} saved {len(self.dropped[index])} tensors in the forward and "
+                f"{len(tensors)}, or of other shapes, when it was recomputed; {CAUSES}"
             )
-        self.rebuilt = (index, tensors)
+        self.rebuilt = (index, [*tensors])
         state2 = self.stream.inverse(state, f, state1, kept, step.alpha, step.beta)
         self.states = (state1, state2)
         if self.checksums:
@@ -171,9 +177,9 @@ class Pass:
 
     def _streams_missing(self, index: int) -> NoReturn:
         raise RuntimeError(
-            f"the streams at {self.steps[index].name} are not at hand: the backward of a reversible "
-            "stack starts from its output; add losses on inner values to one sum and call "
-            "backward once"
+            f"the streams at {self.steps[index].name} are not at hand: the backward of a "
+            "reversible stack starts from its output; add losses on inner values to one sum and "
+            "call backward once"
         )
 
     def _finish(self) -> None:
@@ -225,12 +231,13 @@ class Couple(torch.autograd.Function):
         ctx.run, ctx.index, ctx.f_dtype, ctx.rebuild = run, index, f.dtype, keep
         if keep:
             assert surroundings is not None
-            is_last = index == len(run.steps) - 1
+            final = run.states if index == len(run.steps) - 1 else None
             ctx.buffers = surroundings.buffers
-            ctx.layout = (len(surroundings.rng), kept is not None, is_last)
-            saved = [*surroundings.rng, *surroundings.values]
-            saved += [kept] if kept is not None else []
-            ctx.save_for_backward(*saved, *(run.states if is_last else ()))
+            ctx.layout = (len(surroundings.rng), kept is not None, final is not None)
+            kept_tensors = () if kept is None else (kept,)
+            ctx.save_for_backward(
+                *surroundings.rng, *surroundings.values, *kept_tensors, *(final or ())
+            )
         return h
 
     @staticmethod
@@ -256,8 +263,8 @@ class Couple(torch.autograd.Function):
 
 
 CAUSES = (
-    "usual causes: a nondeterministic kernel (torch.use_deterministic_algorithms), kernel autotuning "
-    "between the passes (torch.backends.cudnn.benchmark), cuBLAS on several streams "
+    "usual causes: a nondeterministic kernel (torch.use_deterministic_algorithms), kernel "
+    "autotuning between the passes (torch.backends.cudnn.benchmark), cuBLAS on several streams "
     "(CUBLAS_WORKSPACE_CONFIG), weights changed between forward and backward, state that the "
     "function keeps outside its buffers, randomness that does not come from torch's default "
     "generators"

@@ -4,6 +4,8 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dr2net_d2.core import Dr2NetViT, SimpleFeaturePyramid
 from dr2net_d2.core.attention import Attention, window_partition, window_unpartition
@@ -73,6 +75,28 @@ def test_attention_against_the_written_out_formula():
                     value = logits.softmax(0) @ v[image, :, :, part].reshape(12, 4)
                     mixed[image, row, column, part] = value.detach()
     torch.testing.assert_close(out, attention.proj(mixed), rtol=1e-5, atol=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that an operation gave back."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
+        return out
+
+
+def test_detectron2_attention_keeps_n_by_n_logits_and_ours_never_has_them():
+    """The defect of ViTDet: one (heads, N, N) matrix in every global block."""
+    attention = Attention(16, 2, use_rel_pos=True, input_size=(24, 24))
+    x = tokens(1, 24, 24, 16).requires_grad_()
+    with LargestTensor() as seen:
+        attention(x).sum().backward()
+    # q and k carry 8 + 24 + 24 channels a head; everything is linear in N = 576.
+    assert seen.numel <= 576 * 2 * 3 * (8 + 24 + 24) < 2 * 576 * 576
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 10), (3, 4)])
