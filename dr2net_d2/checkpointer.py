@@ -18,6 +18,7 @@ from torch import nn
 
 from dr2net_d2.core.checkpoint import convert_vit_checkpoint
 from dr2net_d2.errors import WeightsError
+from dr2net_d2.finetuning import non_finite
 
 PACKAGED = "dr2net_d2://"
 """Prefix of MODEL.WEIGHTS for weights that the package ships, such as dr2net_d2://micro_vit."""
@@ -69,6 +70,7 @@ class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
     Raises:
         WeightsError: on ``load``, if the file is missing or unreadable, or keys are left over; the
             model is unchanged then.
+        FloatingPointError: on ``save``, if a weight is not finite; the files are unchanged then.
     """
 
     def __init__(
@@ -85,6 +87,12 @@ class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
     def save(self, name: str, **kwargs: Any) -> None:
         if not self.save_dir or not self.save_to_disk:
             return
+        parameters = dict(self.model.named_parameters())
+        if bad := non_finite(parameters):
+            raise FloatingPointError(
+                f"{bad[0]}, one of {len(bad)} such among {len(parameters)} parameters, is not "
+                f"finite after the optimizer's step; {name}.pth has not been written"
+            )
         data = {"model": self.model.state_dict(), **kwargs}
         data.update((key, obj.state_dict()) for key, obj in self.checkpointables.items())
         target = Path(self.save_dir, f"{name}.pth")

@@ -195,7 +195,7 @@ class Dr2NetViT(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         side = img_size // patch_size
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = ReversibleSequence(
             [
                 Block(

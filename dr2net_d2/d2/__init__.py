@@ -12,13 +12,14 @@ from dr2net_d2.d2.backbone import (
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import register_dataset
 from dr2net_d2.d2.engine import Trainer, run
-from dr2net_d2.d2.hooks import CoefficientHook, PeakMemory, SeedIterations
+from dr2net_d2.d2.hooks import CoefficientHook, NonFiniteGuard, PeakMemory, SeedIterations
 
 __all__ = [
     "CoefficientHook",
     "Dr2NetBackbone",
     "Dr2NetCheckpointer",
     "Dr2NetPyramid",
+    "NonFiniteGuard",
     "PeakMemory",
     "SeedIterations",
     "Trainer",

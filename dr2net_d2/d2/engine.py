@@ -18,6 +18,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, HookBase, default_setup, launch
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -37,8 +38,9 @@ from dr2net_d2.config import (
 )
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import CheckedMapper, register_dataset, skip_samples
-from dr2net_d2.d2.hooks import CoefficientHook, PeakMemory, SeedIterations
+from dr2net_d2.d2.hooks import CoefficientHook, NonFiniteGuard, PeakMemory, SeedIterations
 from dr2net_d2.errors import ConfigError, UserError, WeightsError, config_section
+from dr2net_d2.finetuning import divergence_at
 from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.pictures import draw_curves, draw_predictions
 
@@ -60,6 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: the config, a dataset or the path of the weights cannot be used, and OUTPUT_DIR
             is as it was; or the weights do not fit the model.
+        FloatingPointError: the training has diverged; the last checkpoint is from before that.
     """
     available = torch.cuda.device_count()
     if not 1 <= args.num_gpus <= max(available, 1):
@@ -91,7 +94,7 @@ def _work(args: argparse.Namespace, outcome: MutableMapping[str, Any]) -> None:
     """One of several processes."""
     try:
         results = _train_or_evaluate(args)
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         outcome["error"] = error
         raise
     if comm.is_main_process():
@@ -151,6 +154,7 @@ class Trainer(DefaultTrainer):
         ours: list[HookBase] = [
             CoefficientHook(coefficient_schedule(self.cfg), self.max_iter),
             PeakMemory(),
+            NonFiniteGuard(),
         ]
         if self.cfg.SEED >= 0:
             ours.append(SeedIterations(self.cfg.SEED, comm.get_rank(), comm.get_world_size()))
@@ -180,6 +184,20 @@ class Trainer(DefaultTrainer):
     def train(self) -> dict[str, Any]:
         super().train()
         return self._last_eval_results
+
+    def run_step(self) -> None:
+        with divergence_at(self.iter):
+            super().run_step()
+
+    def after_step(self) -> None:
+        with divergence_at(self.iter):
+            super().after_step()
+
+    def after_train(self) -> None:
+        if self.iter < self.max_iter:
+            # EvalHook would take an error in the last iteration for the end of the training.
+            self._hooks: list[HookBase] = [h for h in self._hooks if not isinstance(h, EvalHook)]
+        super().after_train()
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from dr2net_d2.data import CocoRecord
 from dr2net_d2.errors import UserError, WeightsError, config_section
 from dr2net_d2.evaluation import evaluate_boxes
 from dr2net_d2.evaluation.coco import METRICS
-from dr2net_d2.finetuning import update_coefficients
+from dr2net_d2.finetuning import GradientGuard, check_losses, divergence_at, update_coefficients
 from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.tv.dataset import Split, TestImages, TrainingStream, as_lists
 from dr2net_d2.tv.lr_schedule import lr_multiplier
@@ -38,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 LOG_PERIOD = 20
 """Iterations between two lines of metrics.json."""
-
-CALMER = "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or enable SOLVER.CLIP_GRADIENTS"
 
 RESULTS_FILE = Path("inference", "coco_instances_results.json")
 """Detections of the last evaluation in COCO format, within OUTPUT_DIR."""
@@ -78,12 +75,14 @@ class Training:
         cuda = self.device.type == "cuda"
         self.amp_dtype = torch.float16 if cuda else torch.bfloat16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp and cuda)
+        self.guard = GradientGuard()
         self.checkpointer = StrictCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             allow_partial=cfg.MODEL.DR2NET.ALLOW_PARTIAL,
             optimizer=self.optimizer,
             scaler=self.scaler,
+            guard=self.guard,
         )
         self.start = 0
         if resume and self.checkpointer.has_checkpoint():
@@ -108,7 +107,11 @@ class Training:
         logger.info("Resuming after iteration %d", saved["iteration"])
 
     def run(self, test: Split | None, output_dir: Path) -> dict[str, dict[str, float]]:
-        """Train to MAX_ITER with checkpoints, logs and evaluations; returns the last metrics."""
+        """Train to MAX_ITER with checkpoints, logs and evaluations; returns the last metrics.
+
+        Raises:
+            FloatingPointError: the training has diverged; the last checkpoint is from before that.
+        """
         max_iter, period = self.cfg.SOLVER.MAX_ITER, self.cfg.TEST.EVAL_PERIOD
         saver = PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
         window: dict[str, list[float]] = defaultdict(list)
@@ -120,7 +123,9 @@ class Training:
             for iteration, (images, targets) in enumerate(self._batches(), self.start):
                 done = iteration + 1
                 state = self._set_schedules(iteration)
-                losses = self._step(images, targets, iteration)
+                with divergence_at(iteration):
+                    losses = self._step(images, targets)
+                state |= self.guard.after_step(iteration, self.scaler)
                 for name, value in losses.items():
                     window[name].append(value)
                 state["memory/peak_mb"] = peak_memory_bytes(self.device) / 2**20
@@ -135,7 +140,8 @@ class Training:
                     logger.info("iteration %d of %d, %s left: %s", done, max_iter, left, text)
                     window.clear()
                     clock = time.perf_counter()
-                saver.step(iteration, seed=self.seed, rng=rng_state(self.device))
+                with divergence_at(iteration):
+                    saver.step(iteration, seed=self.seed, rng=rng_state(self.device))
                 if test is not None and period and done % period == 0 and done < max_iter:
                     self._evaluate(test, output_dir, writer, iteration)
                     clock = time.perf_counter()
@@ -160,32 +166,22 @@ class Training:
         coefficients = update_coefficients(self.model, self.schedule, iteration, max_iter)
         return {"lr": self.cfg.SOLVER.BASE_LR * factor, **coefficients}
 
-    def _step(
-        self, images: list[Tensor], targets: list[dict[str, Tensor]], iteration: int
-    ) -> dict[str, float]:
+    def _step(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, float]:
         images = [image.to(self.device, non_blocking=True).float() for image in images]
         targets = [
             {name: tensor.to(self.device, non_blocking=True) for name, tensor in target.items()}
             for target in targets
         ]
-        try:
-            with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp):
-                losses = self.model(images, targets)
-                losses["total_loss"] = torch.stack(list(losses.values())).sum()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"iteration {iteration}: {error}; {CALMER}") from error
-        # One synchronisation with the device for all of them.
-        values = torch.stack(list(losses.values())).tolist()
-        if not math.isfinite(values[-1]):
-            parts = ", ".join(f"{n} {v:g}" for n, v in zip(losses, values, strict=True))
-            raise FloatingPointError(
-                f"iteration {iteration}: the loss is not finite ({parts}); {CALMER}"
-            )
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp):
+            losses = self.model(images, targets)
+            losses["total_loss"] = torch.stack(list(losses.values())).sum()
+        values = check_losses(losses)
         self.optimizer.zero_grad()
         self.scaler.scale(losses["total_loss"]).backward()
+        self.guard.after_backward(self.model, self.scaler)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return dict(zip(losses, values, strict=True))
+        return values
 
     def _evaluate(
         self, test: Split, output_dir: Path, writer: MetricWriter, iteration: int

@@ -289,8 +289,3 @@ def test_a_checkpoint_that_does_not_continue_the_training_is_a_weights_error(tra
     (output / "model_final.pth").unlink()
     with pytest.raises(WeightsError, match=r"do not exist"):
         run(arguments(tmp_path, resume=True))
-
-
-def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
-    with pytest.raises(FloatingPointError):
-        run(arguments(tmp_path, "SOLVER.BASE_LR", 1e30, "SOLVER.WARMUP_ITERS", 0))

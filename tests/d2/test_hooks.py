@@ -1,16 +1,18 @@
 """When the hooks act, and with what values, in a training loop of Detectron2 without a detector."""
 
+import itertools
+import math
 import random
 
 import numpy as np
 import pytest
 import torch
 from detectron2.engine import HookBase
-from detectron2.engine.train_loop import TrainerBase
+from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from torch import nn
 
 from dr2net_d2.core import Coefficients, CoefficientSchedule, ReversibleSequence
-from dr2net_d2.d2 import CoefficientHook, PeakMemory, SeedIterations
+from dr2net_d2.d2 import CoefficientHook, NonFiniteGuard, PeakMemory, SeedIterations
 
 
 class Loop(TrainerBase):
@@ -96,3 +98,89 @@ def test_the_draws_of_an_iteration_depend_on_its_number_and_rank_alone():
     assert loop(4) == whole[4:]
     numbers = [values[0][0] for values in whole + loop(0, rank=1)]
     assert len(set(numbers)) == 12
+
+
+class Regression(nn.Module):
+    """Returns a dict of losses; ``weights`` has those of every iteration."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.weights = []
+
+    def forward(self, x):
+        self.weights.append(self.linear.weight.tolist())
+        return {"loss": self.linear(x).square().mean()}
+
+    def poison_gradient(self, *iterations):
+        calls = itertools.count()
+        self.linear.weight.register_hook(
+            lambda grad: grad * math.inf if next(calls) in iterations else grad
+        )
+
+
+class Outer(TrainerBase):
+    """Leaves the iteration to another trainer, as ``DefaultTrainer`` does."""
+
+    def __init__(self, trainer):
+        super().__init__()
+        self._trainer = trainer
+        self.model = trainer.model
+
+    def run_step(self):
+        self._trainer.iter = self.iter
+        self._trainer.run_step()
+
+
+def trainer(kind, nested, **kwargs):
+    """A training of a ``Regression`` with the guard."""
+    model = Regression()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = torch.randn(100, 5, 3, generator=torch.Generator().manual_seed(0))
+    inner = kind(model, batches, optimizer, **kwargs)
+    outer = Outer(inner) if nested else inner
+    outer.register_hooks([NonFiniteGuard()])
+    return outer
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_gradient_that_is_not_finite_ends_any_training_before_the_step(nested):
+    loop = trainer(SimpleTrainer, nested)
+    loop.model.poison_gradient(3)
+    with pytest.raises(FloatingPointError, match=r"^the gradient of linear.weight is -?inf in 3"):
+        loop.train(0, 6)
+    assert loop.iter == 3
+    assert loop.model.linear.weight.tolist() == loop.model.weights[-1] != loop.model.weights[-2]
+
+
+def test_a_loss_that_is_not_finite_ends_any_training():
+    loop = trainer(SimpleTrainer, nested=False)
+    loop.model.linear.bias.data.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match=r"^the loss is not finite \(loss inf\)"):
+        loop.train(0, 6)
+    loop.model(torch.ones(1, 3))  # the check has gone with the training
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_steps_that_a_scaler_skips_are_counted(nested, monkeypatch, caplog):
+    # AMPTrainer insists on a GPU, and works without.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loop = trainer(AMPTrainer, nested, grad_scaler=scaler)
+    loop.model.poison_gradient(0, 3, 5)
+    loop.train(0, 8)
+    assert [a != b for a, b in itertools.pairwise(loop.model.weights)] == [
+        *(False, True, True, False, True, False, True)
+    ]
+    values = [value for value, _ in loop.storage.history("amp/skipped_steps").values()]
+    assert values == [1, 1, 1, 2, 2, 3, 3, 3]
+    assert [text for text in caplog.messages if "skipped" in text] == [
+        f"iteration {iteration}: gradients overflowed at the loss scale {before}, so the step was "
+        f"skipped and the scale is now {after} ({count} skipped so far)"
+        for iteration, before, after, count in [(0, 1024, 512, 1), (3, 512, 256, 2)]
+    ]
+    resumed = trainer(AMPTrainer, nested, grad_scaler=scaler)
+    resumed.load_state_dict(loop.state_dict())
+    resumed.train(8, 9)
+    assert resumed.storage.latest()["amp/skipped_steps"] == (3, 8)
+    assert "Cannot find the hook" not in caplog.text
