@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dr2net_d2.data import load_coco, make_small_digits, small_digits_from_name
-from dr2net_d2.pictures import draw_curves, draw_predictions, read_metrics
+from dr2net_d2.pictures import draw_curves, draw_fidelity, draw_predictions, read_metrics
 
 
 def test_curves_from_either_engines_metrics(tmp_path):
@@ -43,3 +43,24 @@ def test_predictions_are_drawn_from_the_threshold_up(tmp_path, score):
     assert (np.abs(picture[:, :half].astype(int) - truth).max(axis=2) < 30).sum() > 200
     drawn = (np.abs(picture[:, half:].astype(int) - prediction).max(axis=2) < 30).sum()
     assert (drawn > 200) == (score >= 0.5)
+
+
+@pytest.mark.parametrize(
+    "pairs", [[(0.9, 0.1), (0.5, 0.5)], [(1.0, 0.125), (0.8, 0.125)], [(0.0, 1.0)]], ids=str
+)
+def test_fidelity_has_a_row_per_model_and_takes_what_is_not_finite(tmp_path, pairs):
+    def rows(floating):
+        errors = {"exact": 1e-6, "float reversible": floating, "checkpointing": 0, "plain": 0}
+        sizes = {"saved_bytes": 10**6, "peak_bytes": 2 * 10**9}
+        return [
+            {"alpha": a, "beta": b, "arm": arm, "gradient_error": error, **sizes}
+            for a, b in pairs
+            for arm, error in errors.items()
+        ]
+
+    one = draw_fidelity({"a": rows(1e-6)}, "float32", tmp_path / "one.png")
+    two = draw_fidelity({"a": rows(None), "b": rows(1e20)}, "float64", str(tmp_path / "two.png"))
+    first, second = (cv2.imread(str(path)) for path in (one, two))
+    assert second.shape == (2 * first.shape[0], *first.shape[1:])
+    for colour in ((178, 114, 0), (0, 94, 213)):  # exact and in floating point, BGR
+        assert (np.abs(first.astype(int) - colour).max(axis=2) < 30).sum() > 200

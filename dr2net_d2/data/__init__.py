@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dr2net_d2.data.coco import CocoDataset, CocoRecord, load_coco, read_image
+from dr2net_d2.data.coco import CocoDataset, CocoRecord, load_coco, read_image, read_pixels
 from dr2net_d2.data.small_digits import (
     SmallDigitsConfig,
     digit_samples,
@@ -23,6 +23,7 @@ __all__ = [
     "load_coco",
     "make_small_digits",
     "read_image",
+    "read_pixels",
     "register_coco_json",
     "resolve_dataset",
     "small_digits_from_name",

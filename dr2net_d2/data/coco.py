@@ -128,8 +128,29 @@ def read_image(record: CocoRecord) -> np.ndarray:
         DatasetError: the file cannot be read, or its size is not that of the JSON.
     """
     where = f"{record.file_name}: image {record.image_id}"
+    image = read_pixels(record.file_name, where)
+    if image.shape[:2] != (record.height, record.width):
+        raise DatasetError(
+            f"{where}: the file is {image.shape[1]} x {image.shape[0]} px but the JSON says"
+            f" {record.width} x {record.height}; correct width and height in the JSON"
+            " (EXIF rotation counts), or restore the file"
+        )
+    return image
+
+
+def read_pixels(file: str | Path, where: str = "") -> np.ndarray:
+    """Read an image file of any size, as ``read_image`` does.
+
+    Args:
+        file: its path.
+        where: how an error is to name it; the path unless given.
+
+    Raises:
+        DatasetError: the file cannot be read.
+    """
+    where = where or str(file)
     try:
-        data = np.fromfile(record.file_name, dtype=np.uint8)
+        data = np.fromfile(file, dtype=np.uint8)
     except OSError as error:
         raise DatasetError(f"{where}: {error.strerror}; restore the file") from None
     # OpenCV raises on an empty buffer and returns None on anything else that is no image.
@@ -137,12 +158,6 @@ def read_image(record: CocoRecord) -> np.ndarray:
     if image is None or _is_cut_jpeg(data.tobytes()):
         raise DatasetError(
             f"{where}: {data.size} bytes that are not a readable image; restore the file"
-        )
-    if image.shape[:2] != (record.height, record.width):
-        raise DatasetError(
-            f"{where}: the file is {image.shape[1]} x {image.shape[0]} px but the JSON says"
-            f" {record.width} x {record.height}; correct width and height in the JSON"
-            " (EXIF rotation counts), or restore the file"
         )
     return image
 
