@@ -1,9 +1,10 @@
 """Residual streams in fixed point, where every step of the coupling has an exact inverse.
 
 Legend, for one step i of a stack:
-    H       int32 (int64 for float64 models), the stream h as round(h * 2^k)
-    beta    m / 2^s with m odd (or s = 0), a multiple of 1/16
-    T       round(2^k * (F(h_{i-1}) + alpha * h_{i-1})), computed alike in both directions
+    k_i     fractional bits of h_i: those of h_n, and more where the streams were smaller
+    H_i     int32 (int64 for float64 models), the stream h_i as round(h_i * 2^k_i)
+    m, s    beta * 2^(k_i - k_{i-2}) = m / 2^s with m odd (or s = 0); beta is a multiple of 1/16
+    T       round(2^k_i * (F(h_{i-1}) + alpha * h_{i-1})), computed alike in both directions
 
     forward   T from H_{i-1};   m * H_{i-2} = Q * 2^s + r,  0 <= r < 2^s;   H_i = T + Q;   keep r
     inverse   T from H_{i-1};   Q = H_i - T;   H_{i-2} = (Q * 2^s + r) / m
@@ -17,6 +18,7 @@ h_{i-2} reaches h_i, and H_{i-2} itself is kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -28,6 +30,7 @@ from dr2net_d2.core.schedule import BETA_GRID
 
 INTEGER_TYPES = {torch.float32: torch.int32, torch.float64: torch.int64}
 HEADROOM_BITS = 3
+SPARE_BITS = 1
 
 
 def _parts(width: int) -> list[tuple[int, int]]:
@@ -101,17 +104,25 @@ class FloatStream:
     def encode(self, h: Tensor) -> Tensor:
         return h
 
-    def decode(self, state: Tensor) -> Tensor:
+    def decode(self, i: int, state: Tensor) -> Tensor:
         return state
 
     def step(
-        self, f: Tensor, state1: Tensor, state2: Tensor, alpha: float, beta: float, keep: bool
+        self,
+        i: int,
+        f: Tensor,
+        state1: Tensor,
+        state2: Tensor,
+        alpha: float,
+        beta: float,
+        keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         state = couple(f, state1, state2, alpha, beta)
         return state, (state2 if keep and beta == 0 else None)
 
     def inverse(
         self,
+        i: int,
         state: Tensor,
         f: Tensor,
         state1: Tensor,
@@ -123,36 +134,48 @@ class FloatStream:
 
 
 class FixedPointStream:
-    """Streams as integers ``round(h * 2^exponent)``; one object serves one pass.
+    """Streams as integers ``round(h_i * 2^k_i)``; one object serves one pass.
 
     Args:
-        exponent: k, the number of fractional bits.
+        exponent: k_n, the number of fractional bits of the last stream.
         dtype: torch.float32 or torch.float64, the dtype of the decoded stream.
+        extra_bits: k_i - k_n for i = 0 ... n, see ``extra_bits``; all 0 by default.
     """
 
-    def __init__(self, exponent: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, exponent: int, dtype: torch.dtype, extra_bits: Sequence[int] | None = None
+    ) -> None:
         self.exponent = exponent
+        self.extra_bits = extra_bits
         self.dtype = dtype
         self.integer = INTEGER_TYPES[dtype]
         self.bits = torch.iinfo(self.integer).bits
         self._extremes: list[Tensor] = []
 
     def encode(self, h: Tensor) -> Tensor:
-        """h -> H."""
-        scaled = h.contiguous().mul(2.0**self.exponent)
+        """h_0 -> H_0."""
+        scaled = h.contiguous().mul(self._scale(0))
         self._observe(scaled)
         return scaled.round_().to(self.integer)
 
-    def decode(self, state: Tensor) -> Tensor:
-        """H -> h."""
-        return state.to(self.dtype).mul_(2.0**-self.exponent)
+    def decode(self, i: int, state: Tensor) -> Tensor:
+        """H_i -> h_i."""
+        return state.to(self.dtype).mul_(1 / self._scale(i))
 
     def step(
-        self, f: Tensor, state1: Tensor, state2: Tensor, alpha: float, beta: float, keep: bool
+        self,
+        i: int,
+        f: Tensor,
+        state1: Tensor,
+        state2: Tensor,
+        alpha: float,
+        beta: float,
+        keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """One step forward.
 
         Args:
+            i: its number, from 1.
             f: F_i(h_{i-1}), any floating dtype.
             state1, state2: H_{i-1}, H_{i-2}.
             keep: whether there will be an inverse.
@@ -161,26 +184,26 @@ class FixedPointStream:
             H_i and what has to be kept for the inverse: the packed remainder (s bits an element),
             H_{i-2} itself at beta = 0, None at beta = 1 and without ``keep``.
         """
-        state = self._target(f, state1, alpha, observe=True)
-        m, s = _fraction(beta)
+        state = self._target(i, f, state1, alpha, observe=True)
+        m, s = self._fraction(i, beta)
         kept = None
         if m == 0:
             kept = state2 if keep else None
         elif s == 0:
             state += state2
         else:
-            # The product of the low bits fits a byte: both are below 16.
-            low = state2.to(torch.uint8).bitwise_and_(2**s - 1).mul_(m)
+            low = _product(state2.to(torch.uint8).bitwise_and_(2**s - 1), m, s)
             state.add_(state2 >> s, alpha=m)
             if m > 1:
                 state += (low >> s).to(self.integer)
             if keep:
-                kept = pack_bits(low.bitwise_and_(2**s - 1), s)
+                kept = pack_bits(low.bitwise_and_(2**s - 1).to(torch.uint8), s)
         self._observe(state)
         return state, kept
 
     def inverse(
         self,
+        i: int,
         state: Tensor,
         f: Tensor,
         state1: Tensor,
@@ -189,23 +212,23 @@ class FixedPointStream:
         beta: float,
     ) -> Tensor:
         """One step back: H_{i-2} from H_i, from F_i(h_{i-1}) computed again, and from ``kept``."""
-        m, s = _fraction(beta)
+        m, s = self._fraction(i, beta)
         if m == 0:
             assert kept is not None
             return kept
-        quotient = state - self._target(f, state1, alpha)
+        quotient = state - self._target(i, f, state1, alpha)
         if kept is None:
             return quotient
         low = unpack_bits(kept, s, state.shape)
         if m > 1:
             # Integer products wrap around, which is what inverses modulo 2^s and 2^bits need.
             low.mul_(_inverse_modulo(m, 8)).bitwise_and_(2**s - 1)
-            quotient -= ((low * m) >> s).to(self.integer)
+            quotient -= (_product(low, m, s) >> s).to(self.integer)
             quotient *= _inverse_modulo(m, self.bits)
         return quotient.bitwise_left_shift_(s).bitwise_or_(low.to(self.integer))
 
     def peak(self) -> float:
-        """The largest |h| seen by ``step`` so far (nan if one was): one host synchronisation."""
+        """The largest |h_i| * 2^(k_i - k_n) so far (nan if one was): one host synchronisation."""
         largest = torch.stack(self._extremes).abs().amax()
         return float(largest) * 2.0**-self.exponent
 
@@ -213,22 +236,34 @@ class FixedPointStream:
         """Whether sums of two streams of this peak could leave the integer type; true for nan."""
         return not peak * 2.0**self.exponent < 2.0 ** (self.bits - 2)
 
-    def _target(self, f: Tensor, state1: Tensor, alpha: float, observe: bool = False) -> Tensor:
+    def _target(
+        self, i: int, f: Tensor, state1: Tensor, alpha: float, observe: bool = False
+    ) -> Tensor:
         # Products with powers of two are exact: this rounds as f + alpha * h_{i-1} does. The result
         # has the layout of the state, whatever that of f, so both directions see the same.
         scaled = state1.to(self.dtype)
-        f = f.to(self.dtype).mul(2.0**self.exponent)
-        torch.add(f, scaled, alpha=alpha, out=scaled)
+        f = f.to(self.dtype).mul(self._scale(i))
+        torch.add(f, scaled, alpha=alpha * self._scale(i) / self._scale(i - 1), out=scaled)
         if observe:
             self._observe(scaled)
         return scaled.round_().to(self.integer)
+
+    def _extra(self, i: int) -> int:
+        return 0 if self.extra_bits is None else self.extra_bits[max(i, 0)]
+
+    def _scale(self, i: int) -> float:
+        return 2.0 ** (self.exponent + self._extra(i))
+
+    def _fraction(self, i: int, beta: float) -> tuple[int, int]:
+        m, s = _fraction(beta)
+        return m, s + self._extra(i - 2) - self._extra(i) if m else 0
 
     def _observe(self, values: Tensor) -> None:
         self._extremes.extend(extreme.to(self.dtype) for extreme in torch.aminmax(values))
 
 
 class StreamRange(HostScalars):
-    """The running peak of |h|, from which the number of fractional bits follows.
+    """The running peak of |h_i| * 2^(k_i - k_n), from which the fractional bits follow.
 
     The peak is saved with the model. 0 means that no pass has been seen.
     """
@@ -251,10 +286,32 @@ class StreamRange(HostScalars):
             self.assign(peak=peak)
 
     def exponent(self, dtype: torch.dtype) -> int:
-        """k: the largest that keeps 8x headroom over the peak in the integer type."""
+        """k_n: the largest that keeps 8x headroom over the peak in the integer type."""
         bits = torch.iinfo(INTEGER_TYPES[dtype]).bits - 1
         # The least tiny peak still gives an exponent whose powers of two are finite floats.
         return bits - HEADROOM_BITS - math.ceil(math.log2(max(self.largest, 2.0**-40)))
+
+
+def extra_bits(growths: Sequence[float]) -> list[int]:
+    """k_i - k_n for i = 0 ... n, so that small streams before large ones keep their precision.
+
+    A float is precise relative to itself, an integer relative to the largest. Where
+    alpha + beta > 1 makes the streams grow, early ones get more bits. That costs two remainder bits
+    an element for each doubling after the first.
+
+    Args:
+        growths: factors by which the steps 1 ... n can make the streams grow, below 2.
+    """
+    bits, growth = [0], 1.0
+    for factor in reversed(growths):
+        growth *= max(factor, 1.0)
+        bits.append(max(0, math.floor(math.log2(growth)) - SPARE_BITS))
+    return bits[::-1]
+
+
+def _product(low: Tensor, m: int, s: int) -> Tensor:
+    """low * m in a type that holds it; low has s bits, and m is below 16."""
+    return low * m if s <= 4 else low.to(torch.int16) * m
 
 
 def _fraction(beta: float) -> tuple[int, int]:

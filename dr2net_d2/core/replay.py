@@ -6,7 +6,7 @@ What a function depends on besides its input: random generators, its buffers, th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -65,14 +65,15 @@ class Surroundings:
         return cls(device, rng_state(device), buffers, [buffer.clone() for buffer in buffers])
 
     def changed(self) -> Surroundings:
-        """The part that is no longer as it was; no device is waited for."""
+        """Generators and buffers if they have moved; no device is waited for."""
         drew = not all(map(torch.equal, self.rng, rng_state(self._device)))
-        moved = [i for i, b in enumerate(self.buffers) if b._version != self._versions[i]]
+        # All buffers or none: batch_norm writes its statistics past the version counter.
+        moved = [buffer._version for buffer in self.buffers] != self._versions
         return Surroundings(
             self._device,
             self.rng if drew else (),
-            [self.buffers[i] for i in moved],
-            [self.values[i] for i in moved],
+            self.buffers if moved else (),
+            self.values if moved else (),
         )
 
     def restore(self) -> None:
@@ -103,11 +104,19 @@ class AutocastState:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device_type = device.type
-        self._enabled = torch.is_autocast_enabled(device.type)
-        self._dtype = torch.get_autocast_dtype(device.type)
+        self._device = device
+        self.enabled = _autocasts(device)
+        self._dtype = torch.get_autocast_dtype(device.type) if self.enabled else None
 
-    def __call__(self) -> torch.autocast:
+    def __call__(self) -> AbstractContextManager[object]:
+        if not self.enabled and not _autocasts(self._device):
+            return nullcontext()
         return torch.autocast(
-            self._device_type, dtype=self._dtype, enabled=self._enabled, cache_enabled=False
+            self._device.type, dtype=self._dtype, enabled=self.enabled, cache_enabled=False
         )
+
+
+def _autocasts(device: torch.device) -> bool:
+    # Meta tensors know no autocast.
+    available = torch.amp.is_autocast_available(device.type)
+    return available and torch.is_autocast_enabled(device.type)

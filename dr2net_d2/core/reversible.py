@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dr2net_d2.core.coefficients import Coefficients
 from dr2net_d2.core.coupling import couple, error_growth, stream_growth
-from dr2net_d2.core.fixed_point import FixedPointStream, FloatStream, StreamRange
+from dr2net_d2.core.fixed_point import FixedPointStream, FloatStream, StreamRange, extra_bits
+from dr2net_d2.core.ranks import groups_of_shards, largest
 from dr2net_d2.core.replay import AutocastState, Surroundings, has_values
 from dr2net_d2.core.schedule import BETA_GRID
 from dr2net_d2.core.steps import Begin, Couple, Pass, Step
@@ -98,7 +100,7 @@ class ReversibleSequence(nn.Module):
 
     @property
     def fraction_bits(self) -> int:
-        """Fractional bits of float32 streams in the next pass; it follows the running peak."""
+        """Fractional bits of the last float32 stream in the next pass; follows the running peak."""
         return self.stream_range.exponent(torch.float32)
 
     def __len__(self) -> int:
@@ -128,7 +130,7 @@ class ReversibleSequence(nn.Module):
         if x.dtype not in STREAM_DTYPES:
             raise TypeError(f"the input is {x.dtype}; use one of {sorted(map(str, STREAM_DTYPES))}")
         steps = self.steps()
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not x.numel():
             return self._plain(x, steps)
         self._warn_of_growth(x.dtype, steps)
         if self.arithmetic == "float" and not self.reversible:
@@ -141,20 +143,22 @@ class ReversibleSequence(nn.Module):
         if self.arithmetic == "float":
             return self._run(x, steps, FloatStream(stream_dtype))
         before = _surroundings(x, steps)
+        groups = groups_of_shards(self)
         if has_values(x) and not self.stream_range.measured:
-            self._measure(x, steps)
+            self._measure(x, steps, groups)
         for _ in range(2):
-            stream = FixedPointStream(self.stream_range.exponent(stream_dtype), stream_dtype)
+            exponent = self.stream_range.exponent(stream_dtype)
+            stream = FixedPointStream(exponent, stream_dtype, extra_bits(_growths(steps)))
             out = self._run(x, steps, stream)
             if not has_values(x):
                 return out
-            peak = stream.peak()
+            peak = largest(stream.peak(), groups, x.device)
             if not stream.overflowed(peak):
                 self.stream_range.widen(peak)
                 return out
             self.overflows += 1
             before.restore()
-            self._measure(x, steps)
+            self._measure(x, steps, groups)
             logger.warning(
                 "residual streams outgrew 2^%d fractional bits; the pass is repeated with 2^%d "
                 "(%d such passes so far)",
@@ -172,7 +176,7 @@ class ReversibleSequence(nn.Module):
             if self.reversible:
                 f, surroundings = run.evaluate(index, h1)
             else:
-                f, surroundings = step.function(h1.to(run.inner_dtype)), None
+                f, surroundings = step(h1.to(run.inner_dtype)), None
             h = Couple.apply(run, index, surroundings, f, h1, h2)
             h1, h2 = h, h1
         run.states = None
@@ -184,7 +188,7 @@ class ReversibleSequence(nn.Module):
         h1 = x.to(STREAM_DTYPES[x.dtype])
         h2 = h1 if self.first_state == "copy" else torch.zeros_like(h1)
         for step in steps:
-            h = couple(step.function(h1.to(_inner_dtype(x))), h1, h2, step.alpha, step.beta)
+            h = couple(step(h1.to(_inner_dtype(x))), h1, h2, step.alpha, step.beta)
             h1, h2 = h, h1
             if observe is not None:
                 observe(step.name, h)
@@ -197,14 +201,16 @@ class ReversibleSequence(nn.Module):
         return (h1 + h2) / 2
 
     @torch.no_grad()
-    def _measure(self, x: Tensor, steps: list[Step]) -> None:
+    def _measure(self, x: Tensor, steps: list[Step], groups: list[dist.ProcessGroup]) -> None:
         """Widen the range to the peak of a floating-point pass over ``x``.
 
         The pass draws what the next one will draw, and leaves generators and buffers as they are.
         """
 
+        bits = iter(extra_bits(_growths(steps)))
+
         def observe(name: str, h: Tensor) -> None:
-            peak = float(h.abs().amax())
+            peak = float(h.abs().amax()) * 2.0 ** next(bits)
             if not peak < float("inf"):
                 raise FloatingPointError(
                     f"the residual stream after {name} has a peak of {peak}: the input or the "
@@ -215,11 +221,12 @@ class ReversibleSequence(nn.Module):
         observe("the input", x)
         with _surroundings(x, steps).replayed(), AutocastState(x.device)():
             self._plain(x, steps, observe)
+        self.stream_range.widen(largest(self.stream_range.largest, groups, x.device))
 
     def _warn_of_growth(self, dtype: torch.dtype, steps: list[Step]) -> None:
         if self._warned:
             return
-        growth = math.prod(stream_growth(step.alpha, step.beta) for step in steps)
+        growth = math.prod(_growths(steps))
         if growth > GROWTH_TO_WARN_OF:
             self._warned = True
             warnings.warn(
@@ -247,9 +254,13 @@ def _surroundings(x: Tensor, steps: list[Step]) -> Surroundings:
     return Surroundings.now(x.device, list(buffers.values()))
 
 
+def _growths(steps: list[Step]) -> list[float]:
+    return [stream_growth(step.alpha, step.beta) for step in steps]
+
+
 def _inner_dtype(x: Tensor) -> torch.dtype:
     """What the functions are called with: x's dtype, but autocast makes its own of float32."""
-    return STREAM_DTYPES[x.dtype] if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return STREAM_DTYPES[x.dtype] if AutocastState(x.device).enabled else x.dtype
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:

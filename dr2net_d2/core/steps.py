@@ -11,6 +11,7 @@ recomputation recovers one state, from the last step down.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain, islice
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -33,6 +34,16 @@ class Step(NamedTuple):
     buffers: list[Tensor]
     alpha: float
     beta: float
+
+    def __call__(self, h1: Tensor) -> Tensor:
+        """F_i(h_{i-1})."""
+        f = self.function(h1)
+        if f.shape != h1.shape:
+            raise ValueError(
+                f"{self.name} returned {tuple(f.shape)} for an input of {tuple(h1.shape)}; a "
+                "residual function keeps the shape"
+            )
+        return f
 
 
 class Due(NamedTuple):
@@ -66,7 +77,8 @@ class Pass:
         self.autocast = AutocastState(device)
         self.inner_dtype = inner_dtype
         self.states: tuple[Tensor, Tensor] | None = None  # (state_i, state_{i-1})
-        self.checksums: list[Tensor] = []  # of state_{-1}, state_0, state_1 ...
+        self.recorded: list[Tensor] = []  # checksums of state_{-1}, state_0, state_1 ...
+        self.checksums: Tensor | None = None  # the same, in the backward
         self.dropped: list[list[Kind]] = []  # what autograd would have saved inside each function
         self.needs_input_grad: list[bool] = []
         self.due: Due | None = None
@@ -79,12 +91,13 @@ class Pass:
         self.states = (state, before)
         self._record(before)
         self._record(state)
-        return self.stream.decode(state)
+        return self.stream.decode(0, state)
 
     def evaluate(self, index: int, h1: Tensor) -> tuple[Tensor, Surroundings]:
         """F_i(h_{i-1}), saving nothing inside, and those of its surroundings that it changed."""
         step = self.steps[index]
         before = Surroundings.now(self.device, step.buffers)
+        version = h1._version
         dropped: list[Kind] = []
 
         def drop(tensor: Tensor) -> int:
@@ -95,11 +108,11 @@ class Pass:
             saved_tensors_hooks(drop, lambda number: self.saved(index, number)),
             self.autocast(),
         ):
-            f = step.function(h1.to(self.inner_dtype))
-        if f.shape != h1.shape:
+            f = step(h1.to(self.inner_dtype))
+        if h1._version != version:
             raise ValueError(
-                f"{step.name} returned {tuple(f.shape)} for an input of {tuple(h1.shape)}; a "
-                "residual function keeps the shape"
+                f"{step.name} changes its input in place, which the shortcuts need as it was; "
+                "begin with an operation that is not in place"
             )
         self.dropped.append(dropped)
         self.needs_input_grad.append(h1.requires_grad)
@@ -109,14 +122,31 @@ class Pass:
         """One step forward; returns h_i and what its inverse will need besides the streams."""
         assert self.states is not None
         step, (state1, state2) = self.steps[index], self.states
-        state, kept = self.stream.step(f, state1, state2, step.alpha, step.beta, keep)
+        state, kept = self.stream.step(index + 1, f, state1, state2, step.alpha, step.beta, keep)
         self.states = (state, state1)
         self._record(state)
-        return self.stream.decode(state), kept
+        return self.stream.decode(index + 1, state), kept
 
-    def restart(self, states: tuple[Tensor, Tensor]) -> None:
-        """A backward begins, at the last step."""
-        self.states, self.due, self.rebuilt, self.mismatches = states, None, (-1, []), []
+    def end(self) -> list[Tensor]:
+        """What a backward begins with: the final streams, and what reads and checks fixed point."""
+        assert self.states is not None
+        end, recorded = [*self.states], self.recorded
+        self.states, self.recorded = None, []
+        if isinstance(self.stream, FixedPointStream):
+            end += [torch.stack(recorded), torch.tensor(self.stream.exponent)]
+        return end
+
+    def restart(self, end: list[Tensor]) -> None:
+        """A backward begins, at the last step.
+
+        In a checkpoint around the stack the end is that of the repeated pass, which may have found
+        another range.
+        """
+        self.states, self.due, self.rebuilt, self.mismatches = (end[0], end[1]), None, (-1, []), []
+        if isinstance(self.stream, FixedPointStream):
+            self.checksums = end[2]
+            if has_values(end[3]):
+                self.stream.exponent = int(end[3])
         # Runs when this backward has ended, however many of the steps it went through.
         Variable._execution_engine.queue_callback(self._finish)
 
@@ -151,7 +181,7 @@ class Pass:
         assert self.states is not None
         (index, kept, surroundings), self.due = self.due, None
         step, (state, state1) = self.steps[index], self.states
-        h1 = self.stream.decode(state1).detach().requires_grad_(self.needs_input_grad[index])
+        h1 = self.stream.decode(index, state1).detach().requires_grad_(self.needs_input_grad[index])
         tensors: list[Tensor] = []
         with (
             surroundings.replayed(),
@@ -159,21 +189,21 @@ class Pass:
             saved_tensors_hooks(lambda tensor: tensors.append(tensor.detach()), _unreachable),
             self.autocast(),
         ):
-            f = step.function(h1.to(self.inner_dtype)).detach()
+            f = step(h1.to(self.inner_dtype)).detach()
         if [(tensor.shape, tensor.dtype) for tensor in tensors] != self.dropped[index]:
             raise RuntimeError(
                 f"{step.name} saved {len(self.dropped[index])} tensors in the forward and "
                 f"{len(tensors)}, or of other shapes, when it was recomputed; {CAUSES}"
             )
         self.rebuilt = (index, [*tensors])
-        state2 = self.stream.inverse(state, f, state1, kept, step.alpha, step.beta)
+        state2 = self.stream.inverse(index + 1, state, f, state1, kept, step.alpha, step.beta)
         self.states = (state1, state2)
-        if self.checksums:
+        if self.checksums is not None:
             self.mismatches.append((index, _checksum(state2) != self.checksums[index]))
 
     def _record(self, state: Tensor) -> None:
         if isinstance(self.stream, FixedPointStream):
-            self.checksums.append(_checksum(state))
+            self.recorded.append(_checksum(state))
 
     def _streams_missing(self, index: int) -> NoReturn:
         raise RuntimeError(
@@ -183,7 +213,7 @@ class Pass:
         )
 
     def _finish(self) -> None:
-        self.states, self.rebuilt = None, (-1, [])
+        self.states, self.rebuilt, self.checksums = None, (-1, []), None
         found, self.mismatches = self.mismatches, []
         if not found or not has_values(found[0][1]):
             return
@@ -231,13 +261,11 @@ class Couple(torch.autograd.Function):
         ctx.run, ctx.index, ctx.f_dtype, ctx.rebuild = run, index, f.dtype, keep
         if keep:
             assert surroundings is not None
-            final = run.states if index == len(run.steps) - 1 else None
-            ctx.buffers = surroundings.buffers
-            ctx.layout = (len(surroundings.rng), kept is not None, final is not None)
-            kept_tensors = () if kept is None else (kept,)
-            ctx.save_for_backward(
-                *surroundings.rng, *surroundings.values, *kept_tensors, *(final or ())
-            )
+            kept_tensors = [] if kept is None else [kept]
+            end = run.end() if index == len(run.steps) - 1 else []
+            parts = [[*surroundings.rng], surroundings.values, kept_tensors, end]
+            ctx.buffers, ctx.lengths = surroundings.buffers, [len(part) for part in parts]
+            ctx.save_for_backward(*chain(*parts))
         return h
 
     @staticmethod
@@ -245,13 +273,12 @@ class Couple(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         run, index = ctx.run, ctx.index
         if ctx.rebuild:
-            draws, has_kept, is_last = ctx.layout
-            saved = list(ctx.saved_tensors)
-            if is_last:
-                run.restart((saved.pop(-2), saved.pop(-1)))
-            kept = saved.pop() if has_kept else None
-            surroundings = Surroundings(run.device, saved[:draws], ctx.buffers, saved[draws:])
-            run.schedule(Due(index, kept, surroundings))
+            saved = iter(ctx.saved_tensors)
+            rng, values, kept, end = ([*islice(saved, length)] for length in ctx.lengths)
+            if end:
+                run.restart(end)
+            surroundings = Surroundings(run.device, rng, ctx.buffers, values)
+            run.schedule(Due(index, kept[0] if kept else None, surroundings))
         alpha, beta = run.steps[index].alpha, run.steps[index].beta
         needs_f, needs_h1, needs_h2 = ctx.needs_input_grad[3:]
         grad_f = grad.to(ctx.f_dtype) if needs_f else None

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from dr2net_d2.core import Coefficients, ReversibleSequence
+from dr2net_d2.core.fixed_point import FixedPointStream
 
 BETAS = [m / 16 for m in range(1, 17)]
 
@@ -44,3 +45,22 @@ def relative_error(gradients, reference):
         (gradients[n].double() - g.double()).square().sum() for n, g in reference.items()
     )
     return (difference / sum(g.double().square().sum() for g in reference.values())).sqrt().item()
+
+
+def record_states(monkeypatch):
+    """Lists that fill with the states going into each step and coming out of each inverse."""
+    forward, backward = [], []
+    step, inverse = FixedPointStream.step, FixedPointStream.inverse
+
+    def recording_step(self, i, f, state1, state2, *rest):
+        forward.append(state2.clone())
+        return step(self, i, f, state1, state2, *rest)
+
+    def recording_inverse(self, *args):
+        state2 = inverse(self, *args)
+        backward.append(state2.clone())
+        return state2
+
+    monkeypatch.setattr(FixedPointStream, "step", recording_step)
+    monkeypatch.setattr(FixedPointStream, "inverse", recording_inverse)
+    return forward, backward

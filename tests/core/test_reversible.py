@@ -8,27 +8,7 @@ from torch import nn
 
 from dr2net_d2.core import Coefficients, ReversibleSequence
 from dr2net_d2.core.coupling import error_growth
-from dr2net_d2.core.fixed_point import FixedPointStream
-from tests.core.stacks import BETAS, mlp, relative_error, run, stack, tokens
-
-
-def record_states(monkeypatch):
-    """Lists that fill with the states going into each step and coming out of each inverse."""
-    forward, backward = [], []
-    step, inverse = FixedPointStream.step, FixedPointStream.inverse
-
-    def recording_step(self, f, h1, state2, *rest):
-        forward.append(state2.clone())
-        return step(self, f, h1, state2, *rest)
-
-    def recording_inverse(self, *args):
-        state2 = inverse(self, *args)
-        backward.append(state2.clone())
-        return state2
-
-    monkeypatch.setattr(FixedPointStream, "step", recording_step)
-    monkeypatch.setattr(FixedPointStream, "inverse", recording_inverse)
-    return forward, backward
+from tests.core.stacks import BETAS, mlp, record_states, relative_error, run, stack, tokens
 
 
 @pytest.mark.parametrize("beta", [0.0, *BETAS])
@@ -126,25 +106,6 @@ def test_inference_agrees_and_stores_nothing():
         torch.testing.assert_close(sequence(tokens(2, 5, 8)), out, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("frozen", [0, 3, 11])
-def test_frozen_prefix_and_frozen_input(frozen):
-    """The defect of minREV's family: with a frozen stem no parameter got a gradient."""
-    sequence = stack(12)
-    for index in range(frozen):
-        sequence[index].requires_grad_(False)
-
-    def gradients(x):
-        sequence.zero_grad()
-        sequence(x).square().sum().backward()
-        return {n: p.grad for n, p in sequence.named_parameters() if p.grad is not None}
-
-    x = tokens(2, 5, 8)
-    found = gradients(x)
-    sequence.reversible = False
-    assert len(found) == 6 * (12 - frozen)
-    assert relative_error(found, gradients(x)) < 1e-6
-
-
 def test_nothing_is_kept_for_frozen_steps(monkeypatch):
     sequence = stack(12)
     for index in range(6):
@@ -162,19 +123,6 @@ def test_frozen_everything_but_norms_and_shared_parameters():
     _, gradients = run(sequence, tokens(2, 5, 8))
     sequence.reversible = False
     assert relative_error(gradients, run(sequence, tokens(2, 5, 8))[1]) < 1e-6
-
-
-def test_dropout_is_replayed_and_the_global_stream_left_alone():
-    sequence = stack(12, dropout=0.3)
-    out, gradients = run(sequence, tokens(2, 5, 8))
-    after = torch.rand(4)
-    sequence.reversible = False
-    oracle, reference = run(sequence, tokens(2, 5, 8))
-    assert torch.equal(out, oracle)
-    assert relative_error(gradients, reference) < 1e-6
-    assert torch.equal(after, torch.rand(4))
-    # Two passes draw two masks.
-    assert not torch.equal(sequence(tokens(2, 5, 8)), sequence(tokens(2, 5, 8)))
 
 
 def test_gradients_accumulate():
@@ -215,31 +163,6 @@ def test_coefficients_may_change_between_forward_and_backward():
     (out * tokens(*out.shape, seed=4)).sum().backward()
     for name, parameter in sequence.named_parameters():
         assert torch.equal(parameter.grad, reference[name])
-
-
-def test_autocast_of_the_forward_is_restored_in_the_backward():
-    sequence = stack(12)
-
-    def gradients():
-        sequence.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = sequence(tokens(2, 5, 8))
-        assert out.dtype == torch.float32
-        out.square().sum().backward()
-        return out, {n: p.grad.clone() for n, p in sequence.named_parameters()}
-
-    out, found = gradients()
-    sequence.reversible = False
-    oracle, reference = gradients()
-    assert torch.equal(out, oracle)
-    assert relative_error(found, reference) < 1e-6
-
-
-def test_backward_inside_the_autocast_region_reaches_the_weights():
-    sequence = stack(4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        sequence(tokens(2, 5, 8)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in sequence[1][1].parameters())
 
 
 class Unsteady(nn.Module):

@@ -1,0 +1,31 @@
+"""Ranks whose forwards communicate, and which have to repeat a pass together."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def groups_of_shards(module: nn.Module) -> list[dist.ProcessGroup]:
+    """The process groups over which parameters are sharded (FSDP2, tensor parallelism)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    from torch.distributed.tensor import DTensor
+
+    # A dict keeps the order, which has to be that of the other ranks.
+    meshes = dict.fromkeys(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
+    return [group for mesh in meshes for group in mesh.get_all_groups()]
+
+
+def largest(value: float, groups: list[dist.ProcessGroup], device: torch.device) -> float:
+    """The largest value of all ranks of the groups, infinite if one is nan."""
+    if not groups:
+        return value
+    value = math.inf if math.isnan(value) else value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    for group in groups:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group)
+    return tensor.item()
