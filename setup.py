@@ -19,8 +19,8 @@ setup(
     package_data={"dr2net_d2": ["weights/*", "py.typed"]},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "torch>=2.6",
+        "torchvision>=0.21",
         "fvcore>=0.1.5,<0.1.6",
         "numpy>=1.26",
         "opencv-python>=4.8",
@@ -32,8 +32,8 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
-        "test": ["pytest>=8", "timm>=1.0"],
-        "dev": ["pytest>=8", "timm>=1.0", "ruff>=0.12", "mypy>=1.16"],
+        "test": ["hypothesis>=6", "pytest>=8", "timm>=1.0"],
+        "dev": ["hypothesis>=6", "pytest>=8", "timm>=1.0", "ruff>=0.12", "mypy>=1.16"],
         # Not on the package index: install it by its own guide first.
         "detectron2": ["detectron2", "timm>=1.0"],
     },
