@@ -265,11 +265,12 @@ class FixedPointStream:
 class StreamRange(HostScalars):
     """The running peak of |h_i| * 2^(k_i - k_n), from which the fractional bits follow.
 
-    The peak is saved with the model. 0 means that no pass has been seen.
+    The peak is saved with the model; 0 means that no pass has been seen. Coefficients that make the
+    streams grow otherwise lead to another peak, so k_0 - k_n is saved with it.
     """
 
     def __init__(self) -> None:
-        super().__init__(peak=0.0)
+        super().__init__(peak=0.0, extra_bits=0.0)
 
     @property
     def largest(self) -> float:
@@ -280,6 +281,11 @@ class StreamRange(HostScalars):
     @property
     def measured(self) -> bool:
         return self.largest > 0
+
+    def follow(self, extra_bits: int) -> None:
+        """Forget the peak if it is that of another k_0 - k_n."""
+        if extra_bits != self._host["extra_bits"]:
+            self.assign(peak=0.0, extra_bits=float(extra_bits))
 
     def widen(self, peak: float) -> None:
         if peak > self.largest:

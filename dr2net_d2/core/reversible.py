@@ -144,11 +144,14 @@ class ReversibleSequence(nn.Module):
             return self._run(x, steps, FloatStream(stream_dtype))
         before = _surroundings(x, steps)
         groups = groups_of_shards(self)
-        if has_values(x) and not self.stream_range.measured:
-            self._measure(x, steps, groups)
+        extra = extra_bits(_growths(steps))
+        if has_values(x):
+            self.stream_range.follow(extra[0])
+            if not self.stream_range.measured:
+                self._measure(x, steps, groups)
         for _ in range(2):
             exponent = self.stream_range.exponent(stream_dtype)
-            stream = FixedPointStream(exponent, stream_dtype, extra_bits(_growths(steps)))
+            stream = FixedPointStream(exponent, stream_dtype, extra)
             out = self._run(x, steps, stream)
             if not has_values(x):
                 return out

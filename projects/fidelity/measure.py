@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from step_time import table as time_table
 from torch import Tensor, nn
 
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
@@ -144,6 +145,18 @@ def model_table(rows: list[dict[str, Any]]) -> str:
     return align(lines)
 
 
+def property_table(found: dict[str, Any]) -> str:
+    """Quantiles of error ratios in the property suite, a line per dtype."""
+    quantiles = found["error_ratio_quantiles"]
+    levels = list(next(iter(quantiles.values())))
+    header = ["dtype", "stacks", *("worst" if level == "1.0" else level for level in levels)]
+    lines = [
+        [dtype, str(found["counts"][dtype]), *(f"{ratios[level]:.2f}" for level in levels)]
+        for dtype, ratios in quantiles.items()
+    ]
+    return align([header, *lines])
+
+
 def find(rows: list[dict[str, Any]], series: str, a: float, b: float, arm: str) -> dict[str, Any]:
     (row,) = (
         r for r in rows
@@ -194,10 +207,14 @@ def main() -> None:
             save(results)
             print(name, f"alpha {alpha:g} beta {beta:g}", *(r["gradient_error"] for r in rows))
     rows = results["rows"]
-    fill(
-        HERE / "README.md",
-        {"errors": error_table(rows), "saved": saved_table(rows), "models": model_table(rows)},
-    )
+    tables = {
+        "errors": error_table(rows),
+        "saved": saved_table(rows),
+        "models": model_table(rows),
+        "properties": property_table(json.loads((HERE / "properties.json").read_text())),
+        "time": time_table(json.loads((HERE / "step_time.json").read_text())),
+    }
+    fill(HERE / "README.md", tables)
     for file, names in PICTURES.items():
         chosen = {name: [row for row in rows if row["series"] == name] for name in names}
         draw_fidelity(chosen, "float64", HERE / file)

@@ -200,6 +200,23 @@ def test_overflow_repeats_the_pass_with_fewer_bits(caplog):
     assert relative_error(gradients, reference) == 0
 
 
+def test_the_range_is_measured_anew_when_the_streams_grow_otherwise():
+    sequence, resumed = stack(48), stack(48)
+    sequence.coefficients.set(1.0, 1 / 8)
+    with pytest.warns(UserWarning, match="grow"):
+        run(sequence, tokens(2, 5, 8))
+    steep = sequence.fraction_bits
+    resumed.load_state_dict(sequence.state_dict())
+    assert resumed.fraction_bits == steep
+    for twin in (sequence, resumed):
+        twin.coefficients.set(0.5, 1 / 2)
+    out, gradients = run(sequence, tokens(2, 5, 8))
+    assert sequence.fraction_bits > steep + 4
+    again, reference = run(resumed, tokens(2, 5, 8))
+    assert torch.equal(out, again)
+    assert relative_error(gradients, reference) == 0
+
+
 def test_non_finite_streams_are_an_error_naming_the_step():
     sequence = stack(4)
     with torch.no_grad():

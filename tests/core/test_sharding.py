@@ -102,6 +102,10 @@ def overflow():
     return {name: whole(p.grad) for name, p in model.named_parameters()}, model.overflows
 
 
+# FSDP2 casts the inputs of a recomputation in 2.14, and not in 2.11 (with a bf16 policy on the root
+# the streams' inputs are bf16 already), where CommDebugMode fails as well.
+RECENT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+
 MODELS = {"stack": partial(stack, 4), "shifts": shifts, "vit": vit}
 KEPT = {"reshard_after_forward": False}
 BF16 = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
@@ -128,6 +132,9 @@ SCENARIOS = UPDATES | {
     "collectives": partial(collectives, stored=False),
     "collectives, stored": partial(collectives, stored=True),
 }
+if not RECENT:
+    for name in ("stack, bf16 inside", "collectives", "collectives, stored"):
+        SCENARIOS.pop(name)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +147,11 @@ def stored_update(name):
     model = MODELS[name.split(",")[0]]()
     model.reversible = False
     return update(model, input_of(model))
+
+
+def skip_if_missing(results, name):
+    if name not in results[0]:
+        pytest.skip(f"torch {torch.__version__} cannot do this scenario")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +174,7 @@ def test_an_overflow_on_one_rank_repeats_the_pass_on_all(results):
 
 def test_a_sharded_step_gathers_and_reduces_as_that_of_the_plain_network(results):
     """No shard is gathered once more for the recomputation."""
+    skip_if_missing(results, "collectives")
     counts, stored = results[0]["collectives"], results[0]["collectives, stored"]
     # One number for the range of the streams.
     assert counts == {**stored, "c10d.allreduce_": 1}
@@ -170,6 +183,7 @@ def test_a_sharded_step_gathers_and_reduces_as_that_of_the_plain_network(results
 
 @pytest.mark.parametrize("name", ["stack, bf16", "stack, bf16 inside", "vit, bf16"])
 def test_sharded_mixed_precision_is_as_good_as_that_of_the_plain_network(results, name):
+    skip_if_missing(results, name)
     reference = stored_update(name)
     ours = relative_error(results[0][name], reference)
     plain = relative_error(results[0][f"{name}, stored"], reference)

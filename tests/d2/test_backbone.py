@@ -104,35 +104,6 @@ def test_detectors_differ_by_one_word_of_the_config_and_agree(tmp_path, ours, th
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [OURS, THEIRS])
-@pytest.mark.parametrize(
-    ("square", "sizes", "padded"),
-    [
-        (0, [(33, 50), (20, 61)], (40, 64)),
-        (128, [(33, 50)], (128, 128)),
-        (60, [(33, 50)], (64, 64)),
-        # An image beyond the square is not cut to it.
-        (64, [(33, 100), (50, 10)], (64, 128)),
-        (64, [(100, 33)], (128, 64)),
-    ],
-)
-def test_images_are_padded_to_strides_or_squares_and_never_cropped(
-    tmp_path, name, square, sizes, padded
-):
-    opts = ("MODEL.BACKBONE.NAME", name, "MODEL.VIT.SQUARE_PAD", square)
-    model = build_model(tiny_cfg(tmp_path, *opts))
-    images = model.preprocess_image(batch(*sizes))
-    assert tuple(images.tensor.shape[-2:]) == padded
-    assert images.image_sizes == sizes
-
-
-@pytest.mark.parametrize("key", ["MAX_SIZE_TRAIN", "MAX_SIZE_TEST"])
-def test_a_square_below_the_largest_image_is_refused(tmp_path, key):
-    cfg = tiny_cfg(tmp_path, "MODEL.VIT.SQUARE_PAD", 64, f"INPUT.{key}", 65)
-    with pytest.raises(ConfigError, match=f"INPUT.{key} is 65 .*SQUARE_PAD 64.*lower the one"):
-        build_backbone(cfg)
-
-
 @pytest.mark.parametrize(
     ("opts", "message"),
     [

@@ -12,7 +12,7 @@ from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from torch import nn
 
 from dr2net_d2.core import Coefficients, CoefficientSchedule, ReversibleSequence
-from dr2net_d2.d2 import CoefficientHook, NonFiniteGuard, PeakMemory, SeedIterations
+from dr2net_d2.d2 import CoefficientHook, NonFiniteGuard, SeedIterations
 
 
 class Loop(TrainerBase):
@@ -73,14 +73,6 @@ def test_a_model_without_a_stack_is_left_alone():
     loop = Loop(CoefficientHook(CoefficientSchedule(), 2), model=nn.Linear(2, 2))
     loop.train(0, 2)
     assert loop.scalars == [{}, {}]
-
-
-def test_peak_memory_is_written_every_iteration_and_never_falls(monkeypatch):
-    peaks = iter([3 * 2**20, 5 * 2**20, 2**20])
-    monkeypatch.setattr("dr2net_d2.d2.hooks.peak_memory_bytes", lambda device: next(peaks))
-    loop = Loop(PeakMemory(), model=nn.Linear(2, 2))
-    loop.train(0, 3)
-    assert [row["memory/peak_mb"] for row in loop.scalars] == [(3, 0), (5, 1), (5, 2)]
 
 
 def draws():
