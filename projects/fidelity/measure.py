@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from limits import table as limits_table
 from step_time import table as time_table
 from torch import Tensor, nn
 
@@ -212,6 +213,7 @@ def main() -> None:
         "saved": saved_table(rows),
         "models": model_table(rows),
         "properties": property_table(json.loads((HERE / "properties.json").read_text())),
+        "limits": limits_table(json.loads((HERE / "limits.json").read_text())),
         "time": time_table(json.loads((HERE / "step_time.json").read_text())),
     }
     fill(HERE / "README.md", tables)
