@@ -24,7 +24,11 @@ def blocks(language):
 def test_links_lead_somewhere(page):
     page = ROOT / page
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        assert target.startswith("http") or (page.parent / target).exists(), target
+        path, _, heading = target.partition("#")
+        assert target.startswith("http") or (page.parent / path).exists(), target
+        if heading and not target.startswith("http"):
+            text = (page.parent / path).read_text().lower()
+            assert f"# {heading.replace('-', ' ')}\n" in text, target
 
 
 @pytest.mark.parametrize("code", blocks("python"))

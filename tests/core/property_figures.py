@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -40,7 +41,8 @@ class Figures:
         yield f"{len(self.examples)} random stacks; the worst of each figure:"
         for name, (value, example) in self.worst.items():
             count = f" (of {self.counts[name]})"
-            yield f"{name} {value:.3g}{count} at {example}" if value else f"{name} 0{count}"
+            where = textwrap.shorten(str(example), 400, placeholder=" ... (all of it: write JSON)")
+            yield f"{name} {value:.3g}{count} at {where}" if value else f"{name} 0{count}"
         for dtype, levels in self.quantiles().items():
             values = ", ".join(f"{level:.0%} {value:.2f}" for level, value in levels.items())
             yield f"quantiles of error_ratio, {dtype}: {values}"

@@ -126,12 +126,6 @@ def test_autocast_and_the_plain_network_train_too(arguments, tmp_path):
         assert (folder / "curves.png").is_file()
 
 
-def test_divergence_names_the_iteration(arguments, tmp_path):
-    opts = ("SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0", "OUTPUT_DIR", str(tmp_path))
-    with pytest.raises(FloatingPointError, match=r"^iteration [1-7]: .*finite.*SOLVER\.BASE_LR"):
-        engine.run(arguments(*opts))
-
-
 def test_an_unknown_clip_type_is_refused(tiny_cfg):
     clip = "SOLVER.CLIP_GRADIENTS."
     cfg = tiny_cfg(f"{clip}ENABLED", "True", f"{clip}CLIP_TYPE", "agc")
