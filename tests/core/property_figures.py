@@ -41,7 +41,8 @@ class Figures:
         yield f"{len(self.examples)} random stacks; the worst of each figure:"
         for name, (value, example) in self.worst.items():
             count = f" (of {self.counts[name]})"
-            where = textwrap.shorten(str(example), 400, placeholder=" ... (all of it: write JSON)")
+            rest = " ... (DR2NET_PROPERTIES=FILE writes all of it)"
+            where = textwrap.shorten(str(example), 400, placeholder=rest)
             yield f"{name} {value:.3g}{count} at {where}" if value else f"{name} 0{count}"
         for dtype, levels in self.quantiles().items():
             values = ", ".join(f"{level:.0%} {value:.2f}" for level, value in levels.items())
