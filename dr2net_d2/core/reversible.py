@@ -148,7 +148,7 @@ class ReversibleSequence(nn.Module):
         if has_values(x):
             self.stream_range.follow(extra[0])
             if not self.stream_range.measured:
-                self._measure(x, steps, groups)
+                self._measure(x, steps, extra, groups)
         for _ in range(2):
             exponent = self.stream_range.exponent(stream_dtype)
             stream = FixedPointStream(exponent, stream_dtype, extra)
@@ -161,7 +161,7 @@ class ReversibleSequence(nn.Module):
                 return out
             self.overflows += 1
             before.restore()
-            self._measure(x, steps, groups)
+            self._measure(x, steps, extra, groups)
             logger.warning(
                 "residual streams outgrew 2^%d fractional bits; the pass is repeated with 2^%d "
                 "(%d such passes so far)",
@@ -188,10 +188,10 @@ class ReversibleSequence(nn.Module):
     def _plain(
         self, x: Tensor, steps: list[Step], observe: Callable[[str, Tensor], None] | None = None
     ) -> Tensor:
-        h1 = x.to(STREAM_DTYPES[x.dtype])
+        h1, inner_dtype = x.to(STREAM_DTYPES[x.dtype]), _inner_dtype(x)
         h2 = h1 if self.first_state == "copy" else torch.zeros_like(h1)
         for step in steps:
-            h = couple(step(h1.to(_inner_dtype(x))), h1, h2, step.alpha, step.beta)
+            h = couple(step(h1.to(inner_dtype)), h1, h2, step.alpha, step.beta)
             h1, h2 = h, h1
             if observe is not None:
                 observe(step.name, h)
@@ -204,13 +204,15 @@ class ReversibleSequence(nn.Module):
         return (h1 + h2) / 2
 
     @torch.no_grad()
-    def _measure(self, x: Tensor, steps: list[Step], groups: list[dist.ProcessGroup]) -> None:
+    def _measure(
+        self, x: Tensor, steps: list[Step], extra: list[int], groups: list[dist.ProcessGroup]
+    ) -> None:
         """Widen the range to the peak of a floating-point pass over ``x``.
 
         The pass draws what the next one will draw, and leaves generators and buffers as they are.
         """
 
-        bits = iter(extra_bits(_growths(steps)))
+        bits = iter(extra)
 
         def observe(name: str, h: Tensor) -> None:
             peak = float(h.abs().amax()) * 2.0 ** next(bits)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dr2net_d2.core import Dr2NetViT
-from dr2net_d2.fidelity import align
+from dr2net_d2.fidelity import align, surroundings
 
 RESULTS = Path(__file__).parent / "step_time.json"
 MODELS = {
@@ -98,7 +96,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     device = torch.device(args.device)
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    setting = surroundings(device)
+    hardware = setting.pop("device")
     warnings.simplefilter("ignore")  # float reversible says that its gradient is wrong
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     done = {(row["model"], row["beta"], row["device"]) for row in rows}
@@ -113,10 +112,7 @@ def main() -> None:
                     "beta": beta,
                     "device": args.device,
                     "hardware": hardware,
-                    "cores": os.cpu_count(),
-                    "threads": torch.get_num_threads(),
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
+                    **setting,
                     "dtype": "bfloat16 autocast" if args.device == "cuda" else "float32",
                     "rounds": args.rounds,
                     "seed": 0,

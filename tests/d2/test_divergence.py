@@ -1,15 +1,13 @@
 """What is not finite stops a training where it appears, and the checkpoints stay as they were."""
 
 import math
-import traceback
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import ProcessRaisedException
 
 import train_net
 from dr2net_d2.d2 import engine, run
-from tests.d2.tiny import arguments, write_yaml
+from tests.d2.tiny import arguments, launch_one, write_yaml
 from tests.poison import (
     EARLY,
     LATE,
@@ -99,14 +97,8 @@ def test_weights_that_a_step_has_ruined_are_not_saved(train, output):
 
 
 def test_the_error_of_one_of_several_processes_is_the_same_error(tmp_path, monkeypatch):
-    def launch(work, *_, args):
-        try:
-            work(*args)
-        except FloatingPointError as error:
-            raise ProcessRaisedException(traceback.format_exc(), 0, 1) from error
-
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(engine, "launch", launch)
+    monkeypatch.setattr(engine, "launch", launch_one)
     with pytest.raises(FloatingPointError, match=r"^iteration 1: "):
         run(arguments(tmp_path, *TOO_FAST, num_gpus=2))
 

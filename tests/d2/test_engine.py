@@ -3,21 +3,19 @@
 import json
 import math
 import shutil
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
-from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dr2net_d2.d2 import Trainer, register_dataset, run
 from dr2net_d2.d2.hooks import CoefficientHook
 from dr2net_d2.data import register_coco_json, resolve_dataset
 from dr2net_d2.errors import ConfigError, DatasetError, UserError, WeightsError
 from dr2net_d2.evaluation import evaluate_boxes
-from tests.d2.tiny import arguments, tiny_cfg
+from tests.d2.tiny import arguments, launch_one, tiny_cfg
 
 RESULTS = Path("output", "inference", "coco_instances_results.json")
 
@@ -193,14 +191,8 @@ def test_two_processes_evaluate_like_one(training, tmp_path, monkeypatch):
 
 
 def test_an_error_in_one_of_several_processes_is_the_same_error(tmp_path, monkeypatch):
-    def launch(work, *_, args):
-        try:
-            work(*args)
-        except UserError as error:
-            raise ProcessRaisedException(traceback.format_exc(), 0, 1) from error
-
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr("dr2net_d2.d2.engine.launch", launch)
+    monkeypatch.setattr("dr2net_d2.d2.engine.launch", launch_one)
     with pytest.raises(DatasetError, match=r"^dataset 'digits' is not known"):
         run(arguments(tmp_path, "DATASETS.TRAIN", ("digits",), num_gpus=2))
 

@@ -1,12 +1,14 @@
 """A detector small enough to train within a second, as YAML, config and command line."""
 
 import argparse
+import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import get_cfg
 from detectron2.structures import Boxes, Instances
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dr2net_d2.config import merge_config
 from dr2net_d2.d2 import add_dr2net_config
@@ -82,3 +84,11 @@ def batch(*sizes, objects=3, seed=0):
              "height": height, "width": width}
         )  # fmt: skip
     return inputs
+
+
+def launch_one(work, *_, args):
+    """Stands in for Detectron2's ``launch``: one process, whose error comes back as a text."""
+    try:
+        work(*args)
+    except Exception as error:
+        raise ProcessRaisedException(traceback.format_exc(), 0, 1) from error
