@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dr2net_d2.core.attention_kernels import KERNELS, choose_kernel
+
 
 def window_partition(x: Tensor, window_size: int) -> Tensor:
     """(B, H, W, C) -> (B * windows, window_size, window_size, C), zero-padded at the far ends."""
@@ -77,6 +79,10 @@ class Attention(nn.Module):
         use_rel_pos: add decomposed relative position logits.
         rel_pos_zero_init: start their tables at zero.
         input_size: (H, W) for which the tables are sized; other sizes are interpolated.
+
+    Attributes:
+        kernel: how attention with relative positions is computed, a name in
+            ``attention_kernels.KERNELS``; "auto" lets ``choose_kernel`` decide.
     """
 
     def __init__(
@@ -95,6 +101,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.use_rel_pos = use_rel_pos
+        self.kernel = "auto"
         if use_rel_pos:
             head_dim = dim // num_heads
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * input_size[0] - 1, head_dim))
@@ -105,33 +112,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
-        # (3, B, heads, H * W, head_dim)
-        qkv = self.qkv(x).view(b, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        qkv = self.qkv(x).view(b, h, w, 3, self.num_heads, -1)
         if self.use_rel_pos:
-            out = self._biased(q, k, v, (h, w))
+            kernel = choose_kernel(qkv) if self.kernel == "auto" else self.kernel
+            rows, columns = (
+                relative_positions(self.rel_pos_h, h),
+                relative_positions(self.rel_pos_w, w),
+            )
+            out = KERNELS[kernel](qkv, rows, columns)
         else:
-            out = F.scaled_dot_product_attention(q, k, v)
-        out = out.transpose(1, 2).reshape(b, h, w, c)
+            q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h, w, c)
         return self.proj(out)
-
-    def _biased(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
-        """Attention with the logits q k / sqrt(d) + q R_row + q R_column, never built as a matrix.
-
-        A query's position logits are appended to it as channels, to a key the one-hot code of its
-        row and column: one inner product sums all three.
-        """
-        h, w = size
-        grid = q.unflatten(2, size)
-        on_height = torch.einsum("bnhwc,hkc->bnhwk", grid, relative_positions(self.rel_pos_h, h))
-        on_width = torch.einsum("bnhwc,wkc->bnhwk", grid, relative_positions(self.rel_pos_w, w))
-        cells = torch.arange(h * w, device=q.device)
-        place = torch.cat([F.one_hot(cells // w, h), F.one_hot(cells % w, w)], -1).to(k.dtype)
-        queries = (q * q.shape[-1] ** -0.5, on_height.flatten(2, 3), on_width.flatten(2, 3))
-        out = F.scaled_dot_product_attention(
-            torch.cat(queries, -1),
-            torch.cat([k, place.expand(*k.shape[:2], -1, -1)], -1),
-            F.pad(v, (0, h + w)),  # fused kernels want one width
-            scale=1.0,
-        )
-        return out[..., : v.shape[-1]]

@@ -1,14 +1,12 @@
-"""The ViT against timm's, its attention against the written-out formula, its memory in bytes."""
+"""The ViT against timm's, and its memory in bytes."""
 
 import pytest
 import timm
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dr2net_d2.core import Dr2NetViT, SimpleFeaturePyramid
-from dr2net_d2.core.attention import Attention, window_partition, window_unpartition
+from dr2net_d2.core.attention import window_partition, window_unpartition
 from dr2net_d2.core.checkpoint import convert_vit_checkpoint
 from dr2net_d2.core.memory import count_saved_bytes
 from tests.core.stacks import relative_error, tokens
@@ -51,52 +49,6 @@ def test_at_1_0_it_is_timms_plain_vit(arithmetic, grad):
         expected = theirs.forward_features(x).transpose(1, 2).reshape(2, 32, 8, 8)
         found = features(ours, x)
     assert (found - expected).norm() <= 1e-6 * expected.norm()
-
-
-def test_attention_against_the_written_out_formula():
-    torch.manual_seed(0)
-    attention = Attention(12, 3, use_rel_pos=True, rel_pos_zero_init=False, input_size=(4, 3))
-    x = tokens(2, 4, 3, 12)
-    out = attention(x)
-    q, k, v = attention.qkv(x).detach().split(12, dim=-1)
-    mixed = torch.zeros(2, 4, 3, 12)
-    for image in range(2):
-        for head in range(3):
-            part = slice(4 * head, 4 * head + 4)
-            for row in range(4):
-                for column in range(3):
-                    query = q[image, row, column, part]
-                    logits = torch.stack([
-                        query @ k[image, r, c, part] / 2
-                        + query @ attention.rel_pos_h[row - r + 3]
-                        + query @ attention.rel_pos_w[column - c + 2]
-                        for r in range(4) for c in range(3)
-                    ])  # fmt: skip
-                    value = logits.softmax(0) @ v[image, :, :, part].reshape(12, 4)
-                    mixed[image, row, column, part] = value.detach()
-    torch.testing.assert_close(out, attention.proj(mixed), rtol=1e-5, atol=1e-6)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that an operation gave back."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
-        return out
-
-
-def test_detectron2_attention_keeps_n_by_n_logits_and_ours_never_has_them():
-    """The defect of ViTDet: one (heads, N, N) matrix in every global block."""
-    attention = Attention(16, 2, use_rel_pos=True, input_size=(24, 24))
-    x = tokens(1, 24, 24, 16).requires_grad_()
-    with LargestTensor() as seen:
-        attention(x).sum().backward()
-    # q and k carry 8 + 24 + 24 channels a head; everything is linear in N = 576.
-    assert seen.numel <= 576 * 2 * 3 * (8 + 24 + 24) < 2 * 576 * 576
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 10), (3, 4)])
