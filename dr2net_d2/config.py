@@ -19,6 +19,8 @@ from dr2net_d2.errors import ConfigError, config_section
 
 logger = logging.getLogger(__name__)
 
+LEAN_PARTS = ("pyramid", "rpn", "roi")
+
 
 def add_dr2net_config(cfg: CfgNode) -> None:
     """Add the keys of this project to a config: MODEL.VIT.*, MODEL.DR2NET.*, two of SOLVER."""
@@ -58,6 +60,9 @@ def add_dr2net_config(cfg: CfgNode) -> None:
     dr2net.FIRST_STATE = "copy"
     # What the backbone returns: the "last" stream or the "mean" of the last two.
     dr2net.OUTPUT = "last"
+    # Parts around the backbone that keep little for their backward, exactly: "pyramid", "rpn",
+    # "roi" (the heads). [] leaves all as they are elsewhere.
+    dr2net.LEAN = list(LEAN_PARTS)
     # Patterns of model keys that a detector checkpoint may lack or have in another shape.
     dr2net.ALLOW_PARTIAL = []
     # How alpha and beta move during training; see core.CoefficientSchedule.
@@ -107,6 +112,20 @@ def dr2net_arguments(cfg: CfgNode) -> dict[str, Any]:
         "first_state": dr2net.FIRST_STATE,
         "output": dr2net.OUTPUT,
     }
+
+
+def lean_parts(cfg: CfgNode) -> tuple[str, ...]:
+    """MODEL.DR2NET.LEAN.
+
+    Raises:
+        ConfigError: it names something else than ``LEAN_PARTS``.
+    """
+    parts = cfg.MODEL.DR2NET.LEAN
+    if unknown := [part for part in parts if part not in LEAN_PARTS]:
+        raise ConfigError(
+            f"MODEL.DR2NET.LEAN has {unknown[0]!r}; list some of {list(LEAN_PARTS)}, or none"
+        )
+    return tuple(parts)
 
 
 def coefficient_schedule(cfg: CfgNode) -> CoefficientSchedule:

@@ -5,7 +5,14 @@ import logging
 
 import pytest
 
-from dr2net_d2.config import coefficient_schedule, dr2net_arguments, merge_config, vit_arguments
+from dr2net_d2.config import (
+    LEAN_PARTS,
+    coefficient_schedule,
+    dr2net_arguments,
+    lean_parts,
+    merge_config,
+    vit_arguments,
+)
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.tv.config import get_cfg
@@ -60,3 +67,17 @@ def test_a_seed_too_large_for_numpy_is_refused(tmp_path):
     (tmp_path / "empty.yaml").write_text("VERSION: 2\n")
     with pytest.raises(ConfigError, match=r"SEED is 4294967296; it must be below 2\^32"):
         merge_config(get_cfg(), str(tmp_path / "empty.yaml"), ["SEED", str(2**32)])
+
+
+def test_every_part_is_lean_unless_told_otherwise():
+    cfg = get_cfg()
+    assert lean_parts(cfg) == LEAN_PARTS
+    cfg.merge_from_list(["MODEL.DR2NET.LEAN", "[]"])
+    assert lean_parts(cfg) == ()
+
+
+def test_an_unknown_lean_part_is_a_config_error():
+    cfg = get_cfg()
+    cfg.merge_from_list(["MODEL.DR2NET.LEAN", "['pyramid', 'neck']"])
+    with pytest.raises(ConfigError, match=r"LEAN has 'neck'; list some of \['pyramid', 'rpn'"):
+        lean_parts(cfg)

@@ -65,24 +65,15 @@ def matrix_attention(qkv: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return _heads_last(pairs.view_as(logits).softmax(-1) @ v, qkv)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def fused_attention(qkv: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """``scaled_dot_product_attention`` with the positions as channels.
+    """``scaled_dot_product_attention`` with the positions as channels, some heads at a time.
 
-    A query's position logits are appended to it, to a key the one-hot code of its row and column:
-    one inner product sums all three terms.
+    Saved is qkv alone: the widened queries, keys and values, and the result that a fused kernel
+    wants for its backward, are made again for these heads.
     """
-    q, k, v = _heads_first(qkv)
-    h, w = len(rows), len(columns)
-    queries = (q * q.shape[-1] ** -0.5, *_position_logits(q, rows, columns))
-    cells = torch.arange(h * w, device=qkv.device).view(h, w)
-    place = torch.cat([F.one_hot(cells // w, h), F.one_hot(cells % w, w)], -1).to(k.dtype)
-    out = F.scaled_dot_product_attention(
-        torch.cat(queries, -1).flatten(2, 3),
-        torch.cat([k, place.expand(*k.shape[:4], -1)], -1).flatten(2, 3),
-        F.pad(v, (0, h + w)).flatten(2, 3),  # fused kernels want one width
-        scale=1.0,
-    )
-    return _heads_last(out[..., : v.shape[-1]], qkv)
+    out: Tensor = _Fused.apply(qkv, rows.to(qkv.dtype), columns.to(qkv.dtype))
+    return out
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -120,6 +111,62 @@ def _position_logits(q: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, 
         torch.einsum("bnywd,ykd->bnywk", q, rows),
         torch.einsum("bnywd,wkd->bnywk", q, columns),
     )
+
+
+def _widened_attention(qkv: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """One fused kernel: (B, H, W, heads * D).
+
+    A query's position logits are appended to it, to a key the one-hot code of its row and column:
+    one inner product sums all three terms.
+    """
+    q, k, v = _heads_first(qkv)
+    h, w = len(rows), len(columns)
+    queries = (q * q.shape[-1] ** -0.5, *_position_logits(q, rows, columns))
+    cells = torch.arange(h * w, device=qkv.device).view(h, w)
+    place = torch.cat([F.one_hot(cells // w, h), F.one_hot(cells % w, w)], -1).to(k.dtype)
+    out = F.scaled_dot_product_attention(
+        torch.cat(queries, -1).flatten(2, 3),
+        torch.cat([k, place.expand(*k.shape[:4], -1)], -1).flatten(2, 3),
+        F.pad(v, (0, h + w)).flatten(2, 3),  # fused kernels want one width
+        scale=1.0,
+    )
+    return _heads_last(out[..., : v.shape[-1]], qkv)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(qkv, rows, columns)
+        out = qkv.new_empty(*qkv.shape[:3], *qkv.shape[4:])
+        for heads in _heads_to_widen(qkv):
+            some = _widened_attention(qkv[..., heads, :], rows, columns)
+            out[..., heads, :] = some.view_as(out[..., heads, :])
+        return out.flatten(3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv, rows, columns = ctx.saved_tensors
+        grad_qkv = torch.empty_like(qkv)
+        sums = [torch.zeros_like(t, dtype=_sum_dtype(qkv)) for t in (rows, columns)]
+        grad = grad.view(*qkv.shape[:3], *qkv.shape[4:])
+        for heads in _heads_to_widen(qkv):
+            tensors = (qkv[..., heads, :], rows, columns)
+            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+            with torch.enable_grad(), torch.autocast(qkv.device.type, enabled=False):
+                out = _widened_attention(*leaves)
+            grad_part, *of_tables = torch.autograd.grad(out, leaves, grad[..., heads, :].flatten(3))
+            del out
+            grad_qkv[..., heads, :] = grad_part
+            for total, of_table in zip(sums, of_tables, strict=True):
+                total += of_table
+        return grad_qkv, sums[0].to(rows.dtype), sums[1].to(columns.dtype)
+
+
+def _heads_to_widen(qkv: Tensor) -> list[slice]:
+    """Heads at a time, so that the backward's eight wide tensors hold about 5/3 of qkv's bytes."""
+    _, h, w, _, heads, dim = qkv.shape
+    return _slices(heads, max(1, 5 * heads * dim // (8 * (dim + h + w))))
 
 
 class _Chunked(torch.autograd.Function):

@@ -216,7 +216,8 @@ class FixedPointStream:
         if m == 0:
             assert kept is not None
             return kept
-        quotient = state - self._target(i, f, state1, alpha)
+        quotient = self._target(i, f, state1, alpha)
+        torch.sub(state, quotient, out=quotient)
         if kept is None:
             return quotient
         low = unpack_bits(kept, s, state.shape)
@@ -242,8 +243,8 @@ class FixedPointStream:
         # Products with powers of two are exact: this rounds as f + alpha * h_{i-1} does. The result
         # has the layout of the state, whatever that of f, so both directions see the same.
         scaled = state1.to(self.dtype)
-        f = f.to(self.dtype).mul(self._scale(i))
-        torch.add(f, scaled, alpha=alpha * self._scale(i) / self._scale(i - 1), out=scaled)
+        torch.add(f, scaled, alpha=alpha / self._scale(i - 1), out=scaled)
+        scaled.mul_(self._scale(i))
         if observe:
             self._observe(scaled)
         return scaled.round_().to(self.integer)

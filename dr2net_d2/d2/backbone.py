@@ -12,7 +12,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from dr2net_d2.config import dr2net_arguments, vit_arguments
+from dr2net_d2.config import dr2net_arguments, lean_parts, vit_arguments
 from dr2net_d2.core import Dr2NetViT, SimpleFeaturePyramid
 from dr2net_d2.errors import ConfigError, config_section
 
@@ -72,7 +72,12 @@ def build_dr2net_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Dr2Net
     """Our ViT and the simple feature pyramid, outputs "p<n>"."""
     vit = build_dr2net_vit_backbone(cfg, input_shape)
     with config_section("MODEL.VIT"):
-        pyramid = Dr2NetPyramid(vit, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.VIT.SCALE_FACTORS)
+        pyramid = Dr2NetPyramid(
+            vit,
+            cfg.MODEL.FPN.OUT_CHANNELS,
+            cfg.MODEL.VIT.SCALE_FACTORS,
+            lean="pyramid" in lean_parts(cfg),
+        )
     pyramid.size_divisibility = _padding(cfg, pyramid.size_divisibility)
     return pyramid
 

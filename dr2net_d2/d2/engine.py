@@ -34,11 +34,14 @@ from dr2net_d2.config import (
     check_categories,
     check_weights_to_evaluate,
     coefficient_schedule,
+    lean_parts,
     merge_config,
 )
+from dr2net_d2.core import Dr2NetViT
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import CheckedMapper, register_dataset, skip_samples
 from dr2net_d2.d2.hooks import CoefficientHook, NonFiniteGuard, PeakMemory, SeedIterations
+from dr2net_d2.d2.lean import make_lean
 from dr2net_d2.errors import ConfigError, UserError, WeightsError, config_section
 from dr2net_d2.finetuning import divergence_at
 from dr2net_d2.optimizer import build_optimizer
@@ -250,6 +253,7 @@ def _draw_pictures(cfg: CfgNode, trained: bool) -> None:
 def _checked_model(cfg: CfgNode, args: argparse.Namespace) -> nn.Module:
     """The detector, after a look at everything that can be wrong in what the user gave."""
     coefficient_schedule(cfg)
+    lean = lean_parts(cfg)
     _check_device(cfg)
     _check_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     if not args.eval_only:
@@ -268,6 +272,8 @@ def _checked_model(cfg: CfgNode, args: argparse.Namespace) -> nn.Module:
         raise ConfigError(
             f"MODEL: the detector cannot be built: {type(error).__name__}: {error}"
         ) from error
+    if any(isinstance(module, Dr2NetViT) for module in model.modules()):
+        make_lean(model, lean)
     if not args.eval_only:
         with config_section("SOLVER"):
             Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))

@@ -16,11 +16,12 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_area, roi_align
 
-from dr2net_d2.config import dr2net_arguments, vit_arguments
+from dr2net_d2.config import dr2net_arguments, lean_parts, vit_arguments
 from dr2net_d2.core import Dr2NetViT, SimpleFeaturePyramid
 from dr2net_d2.core.pyramid import ChannelLayerNorm
 from dr2net_d2.errors import ConfigError, config_section
 from dr2net_d2.tv.dataset import resize_shortest_side
+from dr2net_d2.tv.lean import LeanBoxHead, LeanRegionProposalNetwork
 
 
 class DetectorTransform(GeneralizedRCNNTransform):
@@ -101,8 +102,10 @@ def build_model(cfg: CfgNode) -> FasterRCNN:
     The pyramid is ``model.backbone``, the ViT ``model.backbone.net``.
 
     Raises:
-        ConfigError: sizes or feature names that do not fit together.
+        ConfigError: sizes or feature names that do not fit together, an unknown part in
+            MODEL.DR2NET.LEAN.
     """
+    lean = lean_parts(cfg)
     with config_section("MODEL.VIT, MODEL.DR2NET"):
         vit = Dr2NetViT(
             **vit_arguments(cfg),
@@ -111,7 +114,7 @@ def build_model(cfg: CfgNode) -> FasterRCNN:
         )
     with config_section("MODEL.VIT.SCALE_FACTORS"):
         backbone = SimpleFeaturePyramid(
-            vit, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.VIT.SCALE_FACTORS
+            vit, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.VIT.SCALE_FACTORS, lean="pyramid" in lean
         )
     anchors = _anchors(cfg, backbone)
     head, rpn, roi, test = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS, cfg.TEST
@@ -132,7 +135,7 @@ def build_model(cfg: CfgNode) -> FasterRCNN:
         box_roi_pool=AlignedRoIPool(
             _pooled_strides(cfg, backbone), head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO
         ),
-        box_head=FastRCNNConvFCHead(
+        box_head=(LeanBoxHead if "roi" in lean else FastRCNNConvFCHead)(
             (channels, head.POOLER_RESOLUTION, head.POOLER_RESOLUTION),
             [head.CONV_DIM] * head.NUM_CONV,
             [head.FC_DIM] * head.NUM_FC,
@@ -148,6 +151,8 @@ def build_model(cfg: CfgNode) -> FasterRCNN:
         box_positive_fraction=roi.POSITIVE_FRACTION,
         bbox_reg_weights=tuple(head.BBOX_REG_WEIGHTS),
     )
+    if "rpn" in lean:
+        model.rpn.__class__ = LeanRegionProposalNetwork
     model.transform = DetectorTransform(
         cfg.INPUT.MIN_SIZE_TEST,
         cfg.INPUT.MAX_SIZE_TEST,

@@ -1,9 +1,12 @@
+import itertools
 import math
 
 import pytest
 import torch
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from dr2net_d2.checkpointer import find_vit
+from dr2net_d2.core.memory import count_saved_bytes
 from dr2net_d2.core.pyramid import ChannelLayerNorm
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.optimizer import layer_decay_factor
@@ -41,6 +44,77 @@ def test_an_image_without_objects_trains(build):
     empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}]
     losses = build().train()([torch.rand(3, 64, 64) * 255], empty)
     assert all(loss.isfinite() for loss in losses.values())
+
+
+ROI_LAYERS = (
+    *("MODEL.VIT.DROP_PATH_RATE", "0.0", "MODEL.RPN.CONV_DIMS", "[-1, -1]"),
+    # Few for maps of 336 positions, so that the RPN is sparse.
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "8"),
+    *("MODEL.ROI_BOX_HEAD.NUM_CONV", "3", "MODEL.ROI_BOX_HEAD.NUM_FC", "2"),
+)
+TWO_IMAGES = [
+    {"boxes": torch.tensor([[8.0, 8, 24, 28], [30, 4, 60, 44]]), "labels": torch.tensor([3, 5])},
+    {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+]
+
+
+def training_step(model, precision):
+    """Losses, gradients and bytes saved for the backward."""
+    images = [torch.linspace(0, 255, 3 * h * w).view(3, h, w) for h, w in ((48, 64), (64, 56))]
+    torch.manual_seed(1)
+    with (
+        count_saved_bytes(model.parameters()) as saved,
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        losses = model.train()(images, TWO_IMAGES)
+    sum(losses.values()).backward()
+    return losses, {name: p.grad for name, p in model.named_parameters()}, saved.total
+
+
+@pytest.mark.parametrize("norm", ["", "LN"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    "parts", ["['pyramid']", "['rpn']", "['roi']", "['pyramid', 'rpn', 'roi']"]
+)
+def test_a_training_step_with_lean_parts_is_the_same(build, parts, precision, norm):
+    opts = (*ROI_LAYERS, "MODEL.ROI_BOX_HEAD.NORM", norm)
+    stock, lean = build("MODEL.DR2NET.LEAN", "[]", *opts), build("MODEL.DR2NET.LEAN", parts, *opts)
+    assert list(stock.state_dict()) == list(lean.state_dict())
+    assert type(stock.rpn) is RegionProposalNetwork
+    losses, gradients, saved = training_step(stock, precision)
+    lean_losses, lean_gradients, lean_saved = training_step(lean, precision)
+    assert lean_losses == losses
+    assert lean_saved < saved
+    tolerance = {"float32": 1e-4, "bf16": 0.1}[precision] if "rpn" in parts else 0
+    for name, gradient in gradients.items():
+        assert (lean_gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+def test_detections_with_and_without_lean_parts_are_the_same(build):
+    images = [torch.linspace(0, 255, 3 * 50 * 70).view(3, 50, 70)]
+    found = []
+    for parts in ("[]", "['pyramid', 'rpn', 'roi']"):
+        with torch.no_grad():
+            found.append(build("MODEL.DR2NET.LEAN", parts, *ROI_LAYERS).eval()(images)[0])
+    assert torch.equal(found[0]["boxes"], found[1]["boxes"])
+
+
+@pytest.mark.parametrize("low_quality", [True, False])
+@pytest.mark.parametrize("count", [1, 40])
+def test_matching_in_chunks_is_torchvisions(build, monkeypatch, count, low_quality):
+    torch.manual_seed(0)
+    corners = torch.rand(300 + count, 2) * 50
+    boxes = torch.cat([corners, corners + 1 + torch.rand_like(corners) * 30], dim=1).round()
+    targets = [{"boxes": boxes[:count]}, {"boxes": boxes[:0]}]
+    results = []
+    for parts in ("[]", "['rpn']"):
+        rpn = build("MODEL.DR2NET.LEAN", parts).rpn
+        rpn.proposal_matcher.allow_low_quality_matches = low_quality
+        monkeypatch.setattr("dr2net_d2.tv.lean._MATCHED_AT_ONCE", 97)
+        results.append(rpn.assign_targets_to_anchors([boxes[count:]] * 2, targets))
+    for stock, lean in zip(*map(itertools.chain.from_iterable, results), strict=True):
+        assert torch.equal(stock, lean)
+        assert stock.dtype == lean.dtype
 
 
 def test_names_are_where_checkpoints_and_layer_decay_expect_them(build):
@@ -144,6 +218,7 @@ def test_pooling_equals_detectron2s():
         ("MODEL.VIT.NUM_HEADS", "3", "embed_dim 32"),
         ("MODEL.VIT.SCALE_FACTORS", "[8.0]", "scale factor 8.0"),
         ("MODEL.DR2NET.ARITHMETIC", "integer", "arithmetic is 'integer'"),
+        ("MODEL.DR2NET.LEAN", "['heads']", "MODEL.DR2NET.LEAN has 'heads'; list some of"),
         ("MODEL.RPN.IN_FEATURES", "['p2', 'p3']", "MODEL.RPN.IN_FEATURES"),
         ("MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p4']", "MODEL.ROI_HEADS.IN_FEATURES"),
         ("MODEL.ROI_HEADS.IN_FEATURES", "['res4']", "MODEL.ROI_HEADS.IN_FEATURES"),

@@ -1,0 +1,129 @@
+"""What a dense head of convolutions predicts at a few positions, and matching in chunks.
+
+A region proposal network predicts at every position of every level, but its loss samples a few
+hundred anchors. Gradients reach only what those see: patches of (2 r + 1) x (2 r + 1) positions
+after r convolutions of 3 x 3. Keeping and differentiating these patches alone is exact, keeps
+megabytes in place of all activations, and saves the dense backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dr2net_d2.core.lean import autocast_without_cache, in_autocast_dtype
+
+
+def is_sparse(maps: Sequence[Tensor], samples: int, radius: int) -> bool:
+    """Whether squares around so many samples an image are less than the maps (N, C, H, W)."""
+    return samples * (2 * radius + 1) ** 2 < sum(x.shape[2] * x.shape[3] for x in maps)
+
+
+def predictions_at(
+    hidden: Sequence[nn.Conv2d],
+    outputs: Sequence[nn.Conv2d],
+    maps: Sequence[Tensor],
+    image: Tensor,
+    anchor: Tensor,
+) -> list[Tensor]:
+    """What the dense head of a region proposal network predicts for some anchors, differentiable.
+
+    Args:
+        hidden: 3 x 3 convolutions of stride 1 and zero padding 1, each followed by a ReLU.
+        outputs: 1 x 1 convolutions that all read the last hidden layer, the first with one channel
+            per kind of anchor, the others with a multiple, kinds outermost.
+        maps: inputs (N, C, H, W), one per level.
+        image, anchor: (S,), indices; anchors are numbered in the order level, row, column, kind.
+
+    Returns:
+        per output: (S, channels per kind). Other shapes may round otherwise; apart from that, the
+        values of the dense head.
+    """
+    kinds = outputs[0].out_channels
+    x, inside = patches_at(maps, image, anchor // kinds, radius=len(hidden))
+    x = in_autocast_dtype(x)
+    with autocast_without_cache(x.device):
+        for layer in hidden:
+            # What lies beyond the map is padding for the next layer, whatever this one gives.
+            inside = inside[..., 1:-1, 1:-1]
+            x = torch.where(inside, F.relu(F.conv2d(x, layer.weight, layer.bias)), 0)
+        values = [layer(x).flatten(1) for layer in outputs]
+    each = torch.arange(len(anchor), device=anchor.device)
+    return [value.unflatten(1, (kinds, -1))[each, anchor % kinds] for value in values]
+
+
+def patches_at(
+    maps: Sequence[Tensor], image: Tensor, cell: Tensor, radius: int
+) -> tuple[Tensor, Tensor]:
+    """Squares around cells of several maps, zero beyond the borders.
+
+    Every square is looked up in every map, so that no size depends on values.
+
+    Args:
+        maps: (N, C, H, W), one per level.
+        image, cell: (S,), indices; cells are numbered in the order level, row, column.
+
+    Returns:
+        (S, C, side, side) with side = 2 radius + 1, and which of that is in the map, (S, 1, side,
+        side).
+    """
+    steps = torch.arange(-radius, radius + 1, device=cell.device)
+    first = 0
+    patches: Tensor | None = None
+    inside = torch.zeros((), dtype=torch.bool, device=cell.device)
+    for x in maps:
+        height, width = x.shape[-2:]
+        here = (cell >= first) & (cell < first + height * width)
+        # The remainder spreads what is of other maps: equal indices are slow to differentiate.
+        own = (cell - first) % (height * width)
+        rows = (own // width)[:, None, None] + steps[:, None]
+        columns = (own % width)[:, None, None] + steps
+        valid = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        valid = valid & here[:, None, None]
+        taken = x.permute(0, 2, 3, 1)[
+            image[:, None, None], rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+        ]
+        patches = torch.where(valid[..., None], taken, 0 if patches is None else patches)
+        inside = inside | valid
+        first += height * width
+    assert patches is not None
+    return patches.permute(0, 3, 1, 2), inside[:, None]
+
+
+def with_gradient_of(values: Tensor, differentiable: Tensor) -> Tensor:
+    """``values``, bit for bit, whose gradient goes to ``differentiable`` of the same shape."""
+    return values.detach() + (differentiable - differentiable.detach())
+
+
+def best_matches(
+    similarity: Callable[[Tensor], Tensor], candidates: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best object of every candidate, and the best candidates of every object, in chunks.
+
+    Args:
+        similarity: (n, 4) candidates -> (objects, n), for at least one object; called twice with
+            each chunk.
+        candidates: (N, 4), N at least 1.
+        chunk: candidates at a time.
+
+    Returns:
+        similarity to the best object (N,), its index (N,), and whether the candidate is, ties
+        included, the best one of some object (N,).
+    """
+    chunks = candidates.split(chunk)
+    per_chunk = []
+    best_of_object: Tensor | None = None
+    for part in chunks:
+        matrix = similarity(part)
+        per_chunk.append(matrix.max(dim=0))
+        highest = matrix.amax(dim=1)
+        best_of_object = (
+            highest if best_of_object is None else torch.maximum(best_of_object, highest)
+        )
+    assert best_of_object is not None
+    is_best = [(similarity(part) == best_of_object[:, None]).any(dim=0) for part in chunks]
+    values, indices = zip(*per_chunk, strict=True)
+    return torch.cat(values), torch.cat(indices), torch.cat(is_best)

@@ -1,0 +1,268 @@
+"""Does this training fit my GPU? How large may the images and the batch be? Without a GPU.
+
+    python -m dr2net_d2.plan --config-file configs/COCO-InstanceSegmentation/mask_rcnn_vitdet_l.yaml
+    python -m dr2net_d2.plan --config-file F --budget-gb 16 --image-size 1536 --batch-size 2
+
+It goes through one training iteration of the config's whole detector on fake tensors, which have
+shapes and no memory, and follows every one of them: for the ViT of Detectron2, with and without
+checkpoints, and for ours. A checkpoint is one per block; our ViT comes with MODEL.DR2NET.LEAN.
+Prints what the peak consists of, the largest square images and the largest batch that fit the
+budget, and the peak over the coefficient schedule; writes plan.json and plan.png. A GB is 2^30
+bytes, as in the name of a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+
+from dr2net_d2.config import add_dr2net_config, merge_config
+from dr2net_d2.errors import ConfigError, UserError
+from dr2net_d2.fidelity import align
+from dr2net_d2.plan_picture import draw_plan
+from dr2net_d2.planner import (
+    ARMS,
+    ASSUMED,
+    NOT_INCLUDED,
+    PARTS,
+    Planner,
+    largest_fitting,
+    pairs_of_schedule,
+)
+
+logger = logging.getLogger(__name__)
+
+GB = 2**30
+LONGEST_SIDE = 8192
+LARGEST_BATCH = 64
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dr2net_d2.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML, see configs/")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "detectron2", "torchvision"),
+        default="auto",
+        help="auto: Detectron2 where it is installed, otherwise torchvision",
+    )
+    parser.add_argument("--budget-gb", type=float, default=24.0, metavar="GB", help="default: 24")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PX",
+        help="side of the square images; MODEL.VIT.IMG_SIZE unless given",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="images on one GPU, default: 1"
+    )
+    parser.add_argument(
+        "--objects", type=int, default=20, metavar="N", help="in every image, default: 20"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="for plan.json and plan.png; OUTPUT_DIR unless given"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides, at the end"
+    )
+    return parser.parse_args(argv)
+
+
+def load_config(config_file: str, overrides: Sequence[str], engine: str) -> tuple[CfgNode, str]:
+    """The config and the engine, "auto" being decided.
+
+    Raises:
+        ConfigError: see ``merge_config``; an engine that is not installed or refuses the config.
+    """
+    installed = importlib.util.find_spec("detectron2") is not None
+    if engine == "detectron2" and not installed:
+        raise ConfigError(
+            "--engine detectron2, but Detectron2 is not installed; install it, or use --engine "
+            "torchvision"
+        )
+    if engine == "torchvision" or not installed:
+        from dr2net_d2.tv.config import check_config, get_cfg
+
+        cfg = get_cfg()
+        merge_config(cfg, config_file, overrides)
+        check_config(cfg)
+        return cfg, "torchvision"
+    from detectron2.config import get_cfg as get_detectron2_cfg
+
+    cfg = get_detectron2_cfg()
+    add_dr2net_config(cfg)
+    merge_config(cfg, config_file, overrides)
+    return cfg, "detectron2"
+
+
+def plan_arm(planner: Planner, side: int, batch: int, budget: int) -> dict[str, Any]:
+    """The prediction for an arm, and the largest images and batch that fit; logs each look.
+
+    Args:
+        planner: of the arm.
+        side: px.
+        batch: images.
+        budget: bytes.
+
+    Returns:
+        The fields of ``Prediction``, largest_side (px, at the batch), largest_batch (at the side);
+        0 where nothing fits.
+    """
+    prediction = planner.predict(side, batch)
+    seen = {(side, batch): prediction.peak}
+
+    def peak(side: int, batch: int) -> int:
+        if (side, batch) not in seen:
+            seen[side, batch] = planner.peak(side, batch)
+        _log_look(planner.arm, side, batch, seen[side, batch])
+        return seen[side, batch]
+
+    step = planner.side_step
+    steps = largest_fitting(
+        lambda n: peak(n * step, batch), budget, LONGEST_SIDE // step, 2, max(side // step, 1)
+    )
+    images = largest_fitting(lambda n: peak(side, n), budget, LARGEST_BATCH, known=batch)
+    found = {"largest_side": steps * step, "largest_batch": images}
+    return dataclasses.asdict(prediction) | found
+
+
+def format_tables(results: dict[str, Any]) -> str:
+    """What the peaks consist of, what fits, and the peak over the schedule, as Markdown."""
+    setting, arms = results["setting"], results["arms"]
+    side, batch, budget = (setting[key] for key in ("image_size", "batch_size", "budget_gb"))
+    peaks = [["GB", *ARMS]]
+    for name in PARTS:
+        peaks.append([name, *(_gb(row["parts"][name]) for row in arms)])
+    peaks.append(["peak", *(_gb(row["peak"]) for row in arms)])
+    peaks.append(["saved for backward", *(_gb(row["saved"]) for row in arms)])
+    fitting = [["", *ARMS]]
+    for name, key, most in (
+        (f"largest side at batch {batch}, px", "largest_side", LONGEST_SIDE),
+        (f"largest batch at {side} px", "largest_batch", LARGEST_BATCH),
+    ):
+        fitting.append([name, *(_largest(row[key], most) for row in arms)])
+    schedule = [["α", "β", "peak, GB"]]
+    for row in results["schedule"]:
+        schedule.append([f"{row['alpha']:.4g}", f"{row['beta']:.4g}", _gb(row["peak"])])
+    return (
+        f"Peak of an iteration, {side} x {side} px, batch {batch}, {setting['objects']} objects "
+        f"an image, and its parts at that moment:\n{align(peaks)}\n\n"
+        f"What fits {budget:g} GB:\n{align(fitting)}\n\n"
+        f"dr2net over the schedule:\n{align(schedule)}\n\n"
+        f"Assumed: {ASSUMED}.\nNot included: {NOT_INCLUDED}."
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Predict what the arguments describe, print the tables, write the files.
+
+    Raises:
+        UserError: the config, a number or the output folder cannot be used.
+    """
+    if not args.budget_gb > 0:
+        raise ConfigError(f"--budget-gb is {args.budget_gb:g}; it must be above 0")
+    cfg, engine = load_config(args.config_file, args.opts, args.engine)
+    side = cfg.MODEL.VIT.IMG_SIZE if args.image_size is None else args.image_size
+    batch, budget = args.batch_size, int(args.budget_gb * GB)
+    rows: list[dict[str, Any]] = []
+    for number, arm in enumerate(ARMS, 1):
+        planner = Planner(cfg, arm, args.objects, engine)
+        if side < 1 or side % planner.stride:
+            nearest = max(round(side / planner.stride), 1) * planner.stride
+            raise ConfigError(
+                f"--image-size is {side} px; it must be a multiple of {planner.stride}, which "
+                f"images are padded to, such as {nearest}"
+            )
+        if arm == ARMS[0]:
+            output = _writable(args.output or cfg.OUTPUT_DIR)
+        logger.info("%s, %d of %d", arm, number, len(ARMS))
+        rows.append(plan_arm(planner, side, batch, budget))
+    schedule = []
+    pairs = pairs_of_schedule(cfg)
+    for number, (alpha, beta) in enumerate(pairs, 1):
+        peak = planner.peak(side, batch, (alpha, beta))
+        logger.info("schedule, %d of %d: α %.3f, β %.3f", number, len(pairs), alpha, beta)
+        schedule.append({"alpha": alpha, "beta": beta, "peak": peak})
+    results = {
+        "setting": {
+            "config_file": args.config_file,
+            "overrides": args.opts,
+            "engine": engine,
+            "image_size": side,
+            "batch_size": batch,
+            "objects": args.objects,
+            "budget_gb": args.budget_gb,
+            "torch": torch.__version__,
+            "assumed": ASSUMED,
+            "not_included": NOT_INCLUDED,
+        },
+        "arms": rows,
+        "schedule": schedule,
+    }
+    print(format_tables(results))
+    _write(output, results)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
+    try:
+        run(args)
+    except UserError as error:
+        print(f"dr2net_d2.plan: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _log_look(arm: str, side: int, batch: int, peak: int) -> None:
+    logger.info("%s: %d px, batch %d: %s GB", arm, side, batch, _gb(peak))
+
+
+def _gb(size: int) -> str:
+    return f"{size / GB:.3f}"
+
+
+def _largest(found: int, most: int) -> str:
+    return "none" if not found else f"{found} or more" if found == most else str(found)
+
+
+def _writable(folder: str) -> Path:
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / "plan.json.partial"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output folder {folder!r} cannot be written ({error.strerror}); choose another by "
+            "--output"
+        ) from error
+    return path
+
+
+def _write(folder: Path, results: dict[str, Any]) -> None:
+    data, picture = folder / "plan.json.partial", folder / "plan.png.partial"
+    data.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    draw_plan(results, picture)
+    for partial_file in (data, picture):
+        partial_file.replace(partial_file.with_suffix(""))
+    logger.info("wrote %s", folder / "plan.{json,png}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
