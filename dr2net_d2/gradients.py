@@ -218,8 +218,11 @@ def forward(vit: Dr2NetViT, image: Tensor, arm: str, alpha: float, beta: float) 
             return vit(image)[vit.out_feature]
 
 
-def checkpointed(stack: ReversibleSequence, x: Tensor) -> Tensor:
-    """The stack in floating point, with one of torch's checkpoints per block."""
+def checkpointed(stack: ReversibleSequence, x: Tensor, preserve_rng_state: bool = False) -> Tensor:
+    """The stack in floating point, with one of torch's checkpoints per block.
+
+    Blocks that draw random numbers, as drop path does, need ``preserve_rng_state``.
+    """
     h1 = x
     h2 = h1 if stack.first_state == "copy" else torch.zeros_like(h1)
     for index, (alpha, beta) in enumerate(stack.coefficients.pairs(len(stack))):
@@ -229,7 +232,7 @@ def checkpointed(stack: ReversibleSequence, x: Tensor) -> Tensor:
             h1,
             h2 if beta else None,
             use_reentrant=False,
-            preserve_rng_state=False,
+            preserve_rng_state=preserve_rng_state,
         )
     return h1 if stack.output == "last" else (h1 + h2) / 2
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dr2net_d2.config import lean_parts, merge_config
-from dr2net_d2.core import ReversibleSequence
 from dr2net_d2.core.memory import LiveBytes, count_saved_bytes, peak_tensor_bytes
 from dr2net_d2.d2 import add_dr2net_config, make_lean
+from dr2net_d2.gradients import checkpointed
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-InstanceSegmentation"
 BETA = 1 / 2
@@ -106,7 +106,8 @@ class Network:
         elif self.arm == "frozen":
             self.vit.requires_grad_(False)
         elif self.arm == "our-attention-checkpoint":
-            blocks.forward = partial(checkpointed, blocks)
+            # At its coefficients (1, 0), the ordinary network.
+            blocks.forward = partial(checkpointed, blocks, preserve_rng_state=True)
         elif self.arm.startswith("dr2net"):
             self.vit.coefficients.set(1 - BETA, BETA)
 
@@ -146,25 +147,10 @@ def build_module(cfg: CfgNode, scope: str, arm: str) -> nn.Module:
     cfg.MODEL.BACKBONE.NAME = f"build_{'dr2net_' if ours else ''}{part}_backbone"
     cfg.MODEL.DR2NET.ARITHMETIC = "exact" if arm == "dr2net-exact" else "float"
     cfg.MODEL.DR2NET.REVERSIBLE = arm in ("dr2net-exact", "dr2net-float")
-    if not cfg.MODEL.DR2NET.REVERSIBLE:
-        cfg.MODEL.DR2NET.LEAN = []
     if scope == "vit":
         return build_backbone(cfg)
     detector = build_model(cfg)
     return make_lean(detector, lean_parts(cfg)) if ours else detector
-
-
-def checkpointed(blocks: ReversibleSequence, x: Tensor) -> Tensor:
-    """Our blocks as the ordinary network (alpha 1, beta 0), one of torch's checkpoints a block."""
-    for index in range(len(blocks)):
-        x = checkpoint(partial(_block, blocks[index]), x, use_reentrant=False)
-    return x
-
-
-def _block(block: nn.Module, x: Tensor) -> Tensor:
-    for branch in range(2):
-        x = x + block(x, branch=branch)
-    return x
 
 
 def share_parameters(module: nn.Module, source: nn.Module) -> None:

@@ -34,8 +34,6 @@ def ask(work: Work, arm: str, beta: float | None = BETA) -> Prediction:
     cfg = load_config(work.model, work.depth)
     cfg.SOLVER.AMP.ENABLED = work.precision == "bf16"
     cfg.MODEL.DR2NET.ARITHMETIC = "float" if arm == "dr2net-float" else "exact"
-    if not arm.startswith("dr2net"):
-        cfg.MODEL.DR2NET.LEAN = []
     coefficients = None if beta is None else (1 - beta, beta)
     return predict(cfg, PLANNED[arm], work.size, work.batch, work.objects, coefficients)
 

@@ -4,11 +4,12 @@ One image, Mask R-CNN, bf16 autocast, exact arithmetic at beta 1/2. Memory is co
 tensors, the detector's by the memory planner; times come from the files of measure.py. Writes
 targets.json and the table in README.md here.
 
-    python projects/memory_benchmark/targets.py
+    python projects/memory_benchmark/targets.py [--rows 6 7]
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import sys
@@ -37,11 +38,8 @@ CARD = 24e9
 SIDES = range(512, 8192, 32)
 WORK = Work("detector", "b", None, 1024, 1, "bf16", 20, 0)
 PLANNER = "planner"
-KERNELS = {
-    "cuda": "fake tensors, the attention of a GPU",
-    "cpu": "fake tensors, the attention of a CPU",
-}
-CPU_FILE, GPU_FILE = "results-cpu.json, fp32", "results-cuda.json"
+FAKE = "fake tensors, the attention of a GPU"
+CPU_FILE, GPU_FILE = "results-cpu.json, fp32", "results-cuda.json, bf16"
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,12 @@ def planned(work: Work, arm: str, beta: float = 1 / 2) -> Prediction:
 
 
 @cache
-def vit_peak(model: str, arm: str, kernels: str, depth: int | None = None) -> int:
+def vit_peak(model: str, arm: str, depth: int | None = None) -> int:
     """Bytes at the peak of forward and backward of the ViT alone, beyond weights and gradients.
 
     Args:
         model: of ``arms.MODELS``.
         arm: of ``store.ARMS``.
-        kernels: our attention's choice for a "cpu" or a "cuda" device.
         depth: number of blocks; None: the model's own.
     """
     work = WORK._replace(scope="vit", model=model, depth=depth)
@@ -85,7 +82,7 @@ def vit_peak(model: str, arm: str, kernels: str, depth: int | None = None) -> in
     with FakeCopyMode(mode):
         network.module = copy.deepcopy(network.module)
         inputs, gradient = copy.deepcopy((inputs, gradient))
-    with mode, planned_for(kernels), gradients(network):
+    with mode, planned_for("cuda"), gradients(network):
         network.equip()  # what a copied function is bound to is the module before
         with peak_tensor_bytes() as live:
             take_step(network, inputs, gradient, work)
@@ -100,11 +97,10 @@ def saved_bytes() -> Iterator[Row]:
 
 def peak_of_vit() -> Iterator[Row]:
     for model, of_stock, of_checkpoint in (("b", 0.06, 0.7), ("l", 0.035, 0.35)):
-        for kernels, how in KERNELS.items():
-            ours, stock, other = (vit_peak(model, a, kernels) for a in (EXACT, "stock", CHECKPOINT))
-            name = f"peak of the ViT alone, ViT-{model.upper()} 1024 px ({ours / 1e9:.3f} GB)"
-            yield at_most(2, f"{name}, of stock", ours / stock, of_stock, " x", how)
-            yield at_most(2, f"{name}, of checkpointing", ours / other, of_checkpoint, " x", how)
+        ours, stock, other = (vit_peak(model, a) for a in (EXACT, "stock", CHECKPOINT))
+        name = f"peak of the ViT alone, ViT-{model.upper()} 1024 px ({ours / 1e9:.3f} GB)"
+        yield at_most(2, f"{name}, of stock", ours / stock, of_stock, " x", FAKE)
+        yield at_most(2, f"{name}, of checkpointing", ours / other, of_checkpoint, " x", FAKE)
 
 
 def peak_of_detector() -> Iterator[Row]:
@@ -119,8 +115,8 @@ def over_depth() -> Iterator[Row]:
     deep, usual = (planned(WORK._replace(depth=depth), EXACT).beyond for depth in (48, 12))
     what = "peak of the detector at depth 48, of that at 12, ViT-B's width"
     yield at_most(4, what, deep / usual, 1.15, " x", PLANNER)
-    vit = vit_peak("b", EXACT, "cuda", 48) / vit_peak("b", EXACT, "cuda", 12)
-    yield at_most(4, "the same of the ViT alone", vit, 1.15, " x", KERNELS["cuda"])
+    vit = vit_peak("b", EXACT, 48) / vit_peak("b", EXACT)
+    yield at_most(4, "the same of the ViT alone", vit, 1.15, " x", FAKE)
 
 
 def over_schedule() -> Iterator[Row]:
@@ -129,20 +125,19 @@ def over_schedule() -> Iterator[Row]:
     yield at_most(5, what, max(peaks) / min(peaks), 1.1, " x", PLANNER)
 
 
-def step_times(found: Measurements) -> Iterator[Row]:
-    against = ((6, "stock", (1.0, 1.15)), (7, "stock-checkpoint", (0.85, 0.95)))
-    for number, other, limits in against:
-        name = "stock" if other == "stock" else "stock + checkpointing"
-        for device, work, limit, file in (
-            ("GPU", WORK, limits[0], f"{GPU_FILE}, bf16"),
-            ("CPU", WORK._replace(precision="fp32"), limits[1], CPU_FILE),
-        ):
-            what = f"step time, ViT-B 1024 px, {device}, of {name}"
-            value = ratio(found.devices[device], work, EXACT, other)
-            if value is None:
-                yield Row(number, what, NOT_MEASURED, f"at most {limit:g} x", None, file)
-            else:
-                yield at_most(number, what, value, limit, " x", file)
+def step_times(number: int, other: str, on_gpu: float, on_cpu: float) -> Iterator[Row]:
+    """Against the arm ``other``, with the limits on both devices."""
+    found = Measurements()
+    for device, work, limit, file in (
+        ("GPU", WORK, on_gpu, GPU_FILE),
+        ("CPU", WORK._replace(precision="fp32"), on_cpu, CPU_FILE),
+    ):
+        what = f"step time, ViT-B 1024 px, {device}, of {other}"
+        value = ratio(found.devices[device], work, EXACT, other)
+        if value is None:
+            yield Row(number, what, NOT_MEASURED, f"at most {limit:g} x", None, file)
+        else:
+            yield at_most(number, what, value, limit, " x", file)
 
 
 def largest_side() -> Iterator[Row]:
@@ -177,22 +172,33 @@ def write(rows: list[Row], folder: Path) -> None:
     fill(folder / "README.md", {"targets": targets_table(rows)})
 
 
+MAKERS: dict[int, Callable[[], Iterator[Row]]] = {
+    1: saved_bytes,
+    2: peak_of_vit,
+    3: peak_of_detector,
+    4: over_depth,
+    5: over_schedule,
+    6: partial(step_times, 6, "stock", 1.0, 1.15),
+    7: partial(step_times, 7, "stock-checkpoint", 0.85, 0.95),
+    8: largest_side,
+}
+
+
 def main() -> int:
-    makers: list[Callable[[], Iterator[Row]]] = [
-        saved_bytes,
-        peak_of_vit,
-        peak_of_detector,
-        over_depth,
-        over_schedule,
-        partial(step_times, Measurements()),
-        largest_side,
-    ]
-    rows: list[Row] = []
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--rows", type=int, nargs="+", choices=MAKERS, help="only these; others stay as they are"
+    )
+    wanted = parser.parse_args().rows or list(MAKERS)
+    file = HERE / "targets.json"
+    before = json.loads(file.read_text())["rows"] if file.is_file() else []
+    rows = [Row(**row) for row in before if row["number"] not in wanted]
     try:
-        for maker in makers:
-            for row in maker():
+        for number in wanted:
+            for row in MAKERS[number]():
                 say(f"{row.number} {row.what}: {row.found}, {row.target}")
                 rows.append(row)
+        rows.sort(key=lambda row: row.number)
         write(rows, HERE)
     except UserError as error:
         print(f"targets.py: error: {error}", file=sys.stderr)
