@@ -143,7 +143,8 @@ def step_times(number: int, other: str, on_gpu: float, on_cpu: float) -> Iterato
 def largest_side() -> Iterator[Row]:
     ours, stock = (largest_that_fits(arm) for arm in (EXACT, "stock"))
     what = f"largest side in 24 GB, Mask R-CNN with ViT-B (stock {stock} px)"
-    yield Row(8, what, f"{ours} px", "at least 3072 px", ours >= 3072, PLANNER)
+    found = f"{ours} px" + " or more" * (ours == SIDES[-1])
+    yield Row(8, what, found, "at least 3072 px", ours >= 3072, PLANNER)
 
 
 def largest_that_fits(arm: str) -> int:
