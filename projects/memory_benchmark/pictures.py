@@ -19,31 +19,46 @@ COLOURS = dict(
 
 
 def draw_memory(found: Measurements, file: Path) -> None:
-    """Peak memory over the side of the image (left) and over depth (right), a row per device."""
-    rows = (
+    """Peak memory over the side of the image and over depth, a panel where two points are known."""
+    lines = []
+    for device, work in (
         ("GPU", Work("detector", "b", None, 1024, 1, "bf16", 20, 0)),
         ("CPU", Work("detector", "ti", None, 512, 1, "fp32", 20, 0)),
-    )
-    figure = Figure(figsize=(12, 9.5), layout="constrained")
-    for (device, work), (left, right) in zip(rows, figure.subplots(2, 2), strict=True):
-        results = found.devices[device]
+    ):
         # A planner's GPU is no CPU.
-        predicted = found.predicted if device == "GPU" else None
+        sources = (found.devices[device], found.predicted if device == "GPU" else None)
+        for axis in ("size", "depth"):
+            if any(len(_points(s, work, arm, axis)) > 1 for s in sources for arm in ARMS):
+                lines.append((device, work, axis, sources))
+    figure, panels = _panels(len(lines), 4.6)
+    for axes, (device, work, axis, sources) in zip(panels, lines, strict=False):
         hardware = found.hardware(device).partition(", torch")[0]
         title = f"ViT-{work.model.capitalize()}, {work.precision}, {device} ({hardware})"
-        _draw(left, results, predicted, work, "size", f"{title}\nimage side / px")
-        _draw(right, results, predicted, work, "depth", f"{title}, {work.size} px\nblocks")
+        if axis == "size":
+            _draw(axes, *sources, work, axis, f"{title}\nimage side / px")
+        else:
+            _draw(axes, *sources, work, axis, f"{title}, {work.size} px\nblocks")
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     names = [name for name in ARMS.values() if name in handles]
-    figure.legend([handles[n] for n in names], names, loc="outside lower center", ncols=len(ARMS))
-    figure.suptitle(
-        "Peak memory of a training step of Mask R-CNN beyond weights and gradients; "
-        "dashed: the planner's prediction",
-        fontweight="bold",
-    )
+    if names:
+        figure.legend([handles[n] for n in names], names, loc="outside lower center", ncols=3)
+    figure.suptitle("Peak memory of a step beyond weights and gradients; dashed: predicted")
     figure.savefig(file, dpi=110)
+
+
+def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of at most two columns, rows of ``height`` inches; without panels it says so."""
+    columns = min(max(count, 1), 2)
+    rows = max(-(-count // columns), 1)
+    figure = Figure(figsize=(6.2 * columns, height * rows + 0.8), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    if not count:
+        grid[0].text(0.5, 0.5, "not measured", ha="center")
+    return figure, grid
 
 
 def _draw(
@@ -76,8 +91,6 @@ def _draw(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if _few(value) else "")
-    else:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -107,17 +120,14 @@ def draw_time(found: Measurements, file: Path) -> None:
         if work.size == 1024 and work.batch == 1 and work.depth is None
         if (stock := results.find(work, "stock")) and turns(stock)
     ]
-    figure = Figure(figsize=(12, 2.2 + 2.6 * (max(len(panels), 1) + 1) // 2), layout="constrained")
-    grid = figure.subplots((max(len(panels), 1) + 1) // 2, 2, squeeze=False).flat
-    for axes in list(grid)[len(panels) :]:
-        axes.set_axis_off()
-    for axes, (name, results, work) in zip(figure.axes, panels, strict=False):
+    figure, grid = _panels(len(panels), 2.8)
+    for axes, (name, results, work) in zip(grid, panels, strict=False):
         ratios = {arm: ratio(results, work, arm, "stock") for arm in ARMS}
         shown = {arm: value for arm, value in ratios.items() if value is not None}
         _bars(axes, shown)
         title = f"{name}: {work}".removesuffix(", batch 1")
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    figure.suptitle("Time of a training step, relative to stock (one image)", fontweight="bold")
+    figure.suptitle("Time of a training step, relative to stock (one image)")
     figure.savefig(file, dpi=110)
 
 
