@@ -20,7 +20,7 @@ from dr2net_d2.core.attention import Attention
 from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.fixed_point import FixedPointStream, FloatStream
 from dr2net_d2.core.memory import LiveBytes, count_saved_bytes, peak_tensor_bytes, tensors_in
-from dr2net_d2.errors import ConfigError, UserError
+from dr2net_d2.errors import detector_being_built
 from dr2net_d2.gradients import checkpointed
 from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.simulation import CudaAutocast, DefiniteSizes, differentiate, parameters_on_meta
@@ -75,15 +75,8 @@ class DryRun:
         cfg.MODEL.VIT.SQUARE_PAD = 0
         if stock := arm.startswith("stock"):
             cfg.MODEL.DR2NET.LEAN = []
-        try:
-            with parameters_on_meta():
-                self._model = self._engine.build(cfg, stock and self._engine.STOCK_VIT)
-        except UserError:
-            raise
-        except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
-            raise ConfigError(
-                f"MODEL: the detector cannot be built: {type(error).__name__}: {error}"
-            ) from error
+        with detector_being_built(), parameters_on_meta():
+            self._model = self._engine.build(cfg, stock and self._engine.STOCK_VIT)
         self.stride: int = self._engine.stride(self._model)
         backbone: Any = self._model.backbone
         self._vit: Any = getattr(backbone, "net", backbone)

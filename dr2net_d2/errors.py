@@ -31,3 +31,16 @@ def config_section(name: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+@contextmanager
+def detector_being_built() -> Iterator[None]:
+    """Turn what Detectron2 raises for keys of MODEL that do not fit together into a ConfigError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
+        raise ConfigError(
+            f"MODEL: the detector cannot be built: {type(error).__name__}: {error}"
+        ) from error

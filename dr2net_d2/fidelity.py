@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import logging
 import os
 import platform
@@ -53,6 +52,7 @@ from dr2net_d2.gradients import (
     schedule_pairs,
 )
 from dr2net_d2.pictures import draw_fidelity
+from dr2net_d2.reports import writable_folder, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def run(args: argparse.Namespace) -> None:
     pairs = schedule_pairs(schedule, cfg.SOLVER.MAX_ITER)
     image = load_image(cfg, side, args.image, seed)
     vit = build_vit(cfg, seed)
-    output = _writable(args.output or cfg.OUTPUT_DIR)
+    output = writable_folder(args.output or cfg.OUTPUT_DIR, "fidelity")
     try:
         reference = choose_reference(vit, image)
         logger.info("gradients are compared with stored %s", reference.reason)
@@ -239,7 +239,9 @@ def run(args: argparse.Namespace) -> None:
         "rows": rows,
     }
     print(format_tables(rows, reference.name))
-    _write(output, results, f"{Path(args.config_file).stem}, {side} px")
+    title = f"{Path(args.config_file).stem}, {side} px"
+    draw = partial(draw_fidelity, {title: rows}, reference.name)
+    write_report(output, "fidelity", results, draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -294,30 +296,6 @@ def _backbone_checkpointer(vit: Dr2NetViT) -> StrictCheckpointer:
             logger.info("%d tensors taken from the weights, %d left", taken, len(foreign))
 
     return BackboneCheckpointer(vit)
-
-
-def _writable(folder: str) -> Path:
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / "fidelity.json.partial"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"output folder {folder!r} cannot be written ({error.strerror}); choose another by "
-            "--output"
-        ) from error
-    return path
-
-
-def _write(folder: Path, results: dict[str, Any], title: str) -> None:
-    data, picture = folder / "fidelity.json.partial", folder / "fidelity.png.partial"
-    data.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    draw_fidelity({title: results["rows"]}, results["setting"]["reference"], picture)
-    for partial_file in (data, picture):
-        partial_file.replace(partial_file.with_suffix(""))
-    logger.info("wrote %s", folder / "fidelity.{json,png}")
 
 
 if __name__ == "__main__":

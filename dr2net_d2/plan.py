@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ from dr2net_d2.planner import (
     largest_fitting,
     pairs_of_schedule,
 )
+from dr2net_d2.reports import writable_folder, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
                 f"images are padded to, such as {nearest}"
             )
         if arm == ARMS[0]:
-            output = _writable(args.output or cfg.OUTPUT_DIR)
+            output = writable_folder(args.output or cfg.OUTPUT_DIR, "plan")
         logger.info("%s, %d of %d", arm, number, len(ARMS))
         rows.append(plan_arm(planner, side, batch, budget))
     schedule = []
@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> None:
         "schedule": schedule,
     }
     print(format_tables(results))
-    _write(output, results)
+    write_report(output, "plan", results, partial(draw_plan, results))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,30 +238,6 @@ def _gb(size: int) -> str:
 
 def _largest(found: int, most: int) -> str:
     return "none" if not found else f"{found} or more" if found == most else str(found)
-
-
-def _writable(folder: str) -> Path:
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / "plan.json.partial"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"output folder {folder!r} cannot be written ({error.strerror}); choose another by "
-            "--output"
-        ) from error
-    return path
-
-
-def _write(folder: Path, results: dict[str, Any]) -> None:
-    data, picture = folder / "plan.json.partial", folder / "plan.png.partial"
-    data.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    draw_plan(results, picture)
-    for partial_file in (data, picture):
-        partial_file.replace(partial_file.with_suffix(""))
-    logger.info("wrote %s", folder / "plan.{json,png}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,13 @@ from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import CheckedMapper, register_dataset, skip_samples
 from dr2net_d2.d2.hooks import CoefficientHook, NonFiniteGuard, PeakMemory, SeedIterations
 from dr2net_d2.d2.lean import make_lean
-from dr2net_d2.errors import ConfigError, UserError, WeightsError, config_section
+from dr2net_d2.errors import (
+    ConfigError,
+    UserError,
+    WeightsError,
+    config_section,
+    detector_being_built,
+)
 from dr2net_d2.finetuning import divergence_at
 from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.pictures import draw_curves, draw_predictions
@@ -264,14 +270,8 @@ def _checked_model(cfg: CfgNode, args: argparse.Namespace) -> nn.Module:
     if not resuming:
         locate_weights(cfg.MODEL.WEIGHTS)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
-    try:
+    with detector_being_built():
         model = build_model(cfg)
-    except UserError:
-        raise
-    except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
-        raise ConfigError(
-            f"MODEL: the detector cannot be built: {type(error).__name__}: {error}"
-        ) from error
     if any(isinstance(module, Dr2NetViT) for module in model.modules()):
         make_lean(model, lean)
     if not args.eval_only:

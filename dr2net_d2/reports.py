@@ -1,0 +1,45 @@
+"""Writing what a command found: a JSON file and a picture of it, both or neither."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dr2net_d2.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def writable_folder(folder: str, name: str) -> Path:
+    """The folder, made if need be, after a look whether <name>.json could be written to it.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f"{name}.json.partial"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output folder {folder!r} cannot be written ({error.strerror}); choose another by "
+            "--output"
+        ) from error
+    return path
+
+
+def write_report(
+    folder: Path, name: str, results: dict[str, Any], draw: Callable[[Path], object]
+) -> None:
+    """Write <name>.json, and <name>.png by ``draw``, which gets the path to draw to."""
+    data, picture = folder / f"{name}.json.partial", folder / f"{name}.png.partial"
+    data.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    draw(picture)
+    for partial_file in (data, picture):
+        partial_file.replace(partial_file.with_suffix(""))
+    logger.info("wrote %s", folder / f"{name}.{{json,png}}")
