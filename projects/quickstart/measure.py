@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from dr2net_d2.config import dr2net_arguments, merge_config, vit_arguments
+from dr2net_d2.commands import load_config
+from dr2net_d2.config import dr2net_arguments, vit_arguments
 from dr2net_d2.core import Dr2NetViT
 from dr2net_d2.core.memory import count_saved_bytes
 from dr2net_d2.data import resolve_dataset
 from dr2net_d2.pictures import draw_predictions
-from dr2net_d2.tv.config import get_cfg
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -68,8 +68,7 @@ def keep_pictures(folder: Path) -> None:
 
 def saved_megabytes() -> dict[str, float]:
     """MB that the ViT's blocks save for backward at the quickstart's size, at beta = 1/2."""
-    cfg = get_cfg()
-    merge_config(cfg, str(CONFIG), [])
+    cfg = load_config(str(CONFIG), [], "torchvision")
     vit = Dr2NetViT(**vit_arguments(cfg), **dr2net_arguments(cfg))
     vit.coefficients.set(0.5, 0.5)
     side = cfg.MODEL.VIT.IMG_SIZE // cfg.MODEL.VIT.PATCH_SIZE
