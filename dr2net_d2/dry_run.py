@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from dr2net_d2.core import Dr2NetViT, attention_kernels
+from dr2net_d2.core import Dr2NetViT
 from dr2net_d2.core.attention import Attention
 from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.fixed_point import FixedPointStream, FloatStream
 from dr2net_d2.core.memory import LiveBytes, count_saved_bytes, peak_tensor_bytes, tensors_in
-from dr2net_d2.errors import detector_being_built
 from dr2net_d2.gradients import checkpointed
 from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.simulation import CudaAutocast, DefiniteSizes, differentiate, parameters_on_meta
@@ -75,7 +74,7 @@ class DryRun:
         cfg.MODEL.VIT.SQUARE_PAD = 0
         if stock := arm.startswith("stock"):
             cfg.MODEL.DR2NET.LEAN = []
-        with detector_being_built(), parameters_on_meta():
+        with parameters_on_meta():
             self._model = self._engine.build(cfg, stock and self._engine.STOCK_VIT)
         self.stride: int = self._engine.stride(self._model)
         backbone: Any = self._model.backbone
@@ -131,11 +130,7 @@ class DryRun:
 
     @contextmanager
     def _on_gpu(self) -> Iterator[None]:
-        slices = attention_kernels._slices
-        first = mock.patch.object(
-            attention_kernels, "_slices", lambda *args: slices(*args)[:CHUNKS]
-        )
-        with self._fake, self._sizes, CudaAutocast(), planned_for("cuda"), first:
+        with self._fake, self._sizes, CudaAutocast(), planned_for("cuda", CHUNKS):
             yield
 
     def _inputs(self, image_size: int, batch_size: int, objects: int) -> list[Any]:

@@ -33,17 +33,16 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from dr2net_d2.checkpointer import StrictCheckpointer
+from dr2net_d2.commands import choose_engine, load_config, make_parser, run_command
 from dr2net_d2.config import (
-    add_dr2net_config,
     coefficient_schedule,
     dr2net_arguments,
-    merge_config,
     vit_arguments,
 )
 from dr2net_d2.core import Dr2NetViT
 from dr2net_d2.core.checkpoint import UNUSED_BY_DETECTORS, convert_vit_checkpoint
 from dr2net_d2.data import read_pixels
-from dr2net_d2.errors import ConfigError, UserError, WeightsError, config_section
+from dr2net_d2.errors import ConfigError, WeightsError, config_section
 from dr2net_d2.gradients import (
     ARMS,
     choose_reference,
@@ -57,13 +56,8 @@ from dr2net_d2.reports import writable_folder, write_report
 logger = logging.getLogger(__name__)
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dr2net_d2.fidelity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML, see configs/")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m dr2net_d2.fidelity", __doc__)
     parser.add_argument(
         "--image-size",
         type=int,
@@ -76,29 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", metavar="DIR", help="for fidelity.json and .png; OUTPUT_DIR unless given"
     )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides, at the end"
-    )
     return parser.parse_args(argv)
-
-
-def load_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
-    """The config on Detectron2's defaults where it is installed, else on the torchvision engine's.
-
-    Raises:
-        ConfigError: see ``merge_config``.
-    """
-    if importlib.util.find_spec("detectron2"):
-        from detectron2.config import get_cfg
-
-        cfg = get_cfg()
-        add_dr2net_config(cfg)
-    else:
-        from dr2net_d2.tv.config import get_cfg
-
-        cfg = get_cfg()
-    merge_config(cfg, config_file, overrides)
-    return cfg
 
 
 def build_vit(cfg: CfgNode, seed: int) -> Dr2NetViT:
@@ -209,7 +181,9 @@ def run(args: argparse.Namespace) -> None:
         UserError: the config, the weights, the image or the output folder cannot be used.
         FloatingPointError: the features are not finite.
     """
-    cfg = load_config(args.config_file, args.opts)
+    # "float32" is to mean that on a GPU's tensor cores too.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    cfg = load_config(args.config_file, args.opts, choose_engine(args.engine))
     seed = max(cfg.SEED, 0)
     side = cfg.MODEL.VIT.IMG_SIZE if args.image_size is None else args.image_size
     # Betas on the grid in every arm, whatever MODEL.DR2NET.ARITHMETIC: all compute the same.
@@ -245,16 +219,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
-    # "float32" is to mean that on a GPU's tensor cores too.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        run(args)
-    except (UserError, FloatingPointError) as error:
-        print(f"dr2net_d2.fidelity: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+    return run_command("dr2net_d2.fidelity", run, parse_arguments(argv))
 
 
 def _device(name: str) -> torch.device:

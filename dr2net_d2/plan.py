@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
@@ -23,10 +22,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 
-from dr2net_d2.config import add_dr2net_config, merge_config
-from dr2net_d2.errors import ConfigError, UserError
+from dr2net_d2.commands import choose_engine, load_config, make_parser, run_command
+from dr2net_d2.errors import ConfigError
 from dr2net_d2.fidelity import align
 from dr2net_d2.plan_picture import draw_plan
 from dr2net_d2.planner import (
@@ -47,19 +45,8 @@ LONGEST_SIDE = 8192
 LARGEST_BATCH = 64
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dr2net_d2.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML, see configs/")
-    parser.add_argument(
-        "--engine",
-        choices=("auto", "detectron2", "torchvision"),
-        default="auto",
-        help="auto: Detectron2 where it is installed, otherwise torchvision",
-    )
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m dr2net_d2.plan", __doc__)
     parser.add_argument("--budget-gb", type=float, default=24.0, metavar="GB", help="default: 24")
     parser.add_argument(
         "--image-size",
@@ -76,37 +63,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", metavar="DIR", help="for plan.json and plan.png; OUTPUT_DIR unless given"
     )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides, at the end"
-    )
     return parser.parse_args(argv)
-
-
-def load_config(config_file: str, overrides: Sequence[str], engine: str) -> tuple[CfgNode, str]:
-    """The config and the engine, "auto" being decided.
-
-    Raises:
-        ConfigError: see ``merge_config``; an engine that is not installed or refuses the config.
-    """
-    installed = importlib.util.find_spec("detectron2") is not None
-    if engine == "detectron2" and not installed:
-        raise ConfigError(
-            "--engine detectron2, but Detectron2 is not installed; install it, or use --engine "
-            "torchvision"
-        )
-    if engine == "torchvision" or not installed:
-        from dr2net_d2.tv.config import check_config, get_cfg
-
-        cfg = get_cfg()
-        merge_config(cfg, config_file, overrides)
-        check_config(cfg)
-        return cfg, "torchvision"
-    from detectron2.config import get_cfg as get_detectron2_cfg
-
-    cfg = get_detectron2_cfg()
-    add_dr2net_config(cfg)
-    merge_config(cfg, config_file, overrides)
-    return cfg, "detectron2"
 
 
 def plan_arm(planner: Planner, side: int, batch: int, budget: int) -> dict[str, Any]:
@@ -175,7 +132,8 @@ def run(args: argparse.Namespace) -> None:
     """
     if not args.budget_gb > 0:
         raise ConfigError(f"--budget-gb is {args.budget_gb:g}; it must be above 0")
-    cfg, engine = load_config(args.config_file, args.opts, args.engine)
+    engine = choose_engine(args.engine)
+    cfg = load_config(args.config_file, args.opts, engine)
     side = cfg.MODEL.VIT.IMG_SIZE if args.image_size is None else args.image_size
     batch, budget = args.batch_size, int(args.budget_gb * GB)
     rows: list[dict[str, Any]] = []
@@ -218,14 +176,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
-    try:
-        run(args)
-    except UserError as error:
-        print(f"dr2net_d2.plan: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("dr2net_d2.plan", run, parse_arguments(argv))
 
 
 def _log_look(arm: str, side: int, batch: int, peak: int) -> None:

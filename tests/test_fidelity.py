@@ -1,7 +1,6 @@
 """The fidelity command on the quickstart's ViT at small sizes, and the functions below it."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dr2net_d2 import fidelity, gradients
+from dr2net_d2.commands import load_config
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +89,7 @@ def test_images_are_normalised_in_the_channel_order_of_the_config():
     cv2.imwrite("photo.png", pixels)
     means = ["MODEL.PIXEL_MEAN", "[10.0, 0.0, 0.0]", "MODEL.PIXEL_STD", "[1.0, 1.0, 2.0]"]
     for order, expected in (("BGR", [0, 20, 15]), ("RGB", [20, 20, 5])):
-        cfg = fidelity.load_config(QUICKSTART[1], [*means, "INPUT.FORMAT", order])
+        cfg = load_config(QUICKSTART[1], [*means, "INPUT.FORMAT", order], "torchvision")
         image = fidelity.load_image(cfg, 16, "photo.png", 0)
         assert image.shape == (1, 3, 16, 16)
         assert image.amin(dim=(0, 2, 3)).tolist() == image.amax(dim=(0, 2, 3)).tolist() == expected
@@ -98,7 +98,7 @@ def test_images_are_normalised_in_the_channel_order_of_the_config():
 @pytest.mark.usefixtures("without_detectron2")
 def test_random_weights_are_said_to_be_random(caplog):
     caplog.set_level("INFO")
-    cfg = fidelity.load_config(QUICKSTART[1], ["MODEL.WEIGHTS", ""])
+    cfg = load_config(QUICKSTART[1], ["MODEL.WEIGHTS", ""], "torchvision")
     first, second = (fidelity.build_vit(cfg, 3).state_dict() for _ in range(2))
     assert "random initialisation, seed 3" in caplog.text
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -111,7 +111,7 @@ def test_the_vit_of_a_whole_detector_is_taken(monkeypatch, detectron2, wrap):
         pytest.importorskip("detectron2")
     else:
         monkeypatch.setitem(sys.modules, "detectron2", None)
-    cfg = fidelity.load_config(QUICKSTART[1], [])
+    cfg = load_config(QUICKSTART[1], [], "torchvision")
     plain = fidelity.build_vit(cfg, 0).state_dict()
     detector = {f"backbone.net.{name}": tensor for name, tensor in plain.items()}
     detector |= {"backbone.simfp_2.0.weight": torch.ones(2), "roi_heads.x": torch.ones(2)}
@@ -150,24 +150,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, words, named):
     assert {path.name for path in Path().iterdir()} == {"photo.png", "resnet.pth", "taken"}
 
 
-def test_it_is_a_module_to_be_run():
-    done = subprocess.run(
-        [sys.executable, "-m", "dr2net_d2.fidelity", "--config-file", "missing.yaml"],
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "missing.yaml" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.usefixtures("without_detectron2")
 @pytest.mark.parametrize("share", [0.8, 0.1])
 def test_where_float64_does_not_fit(monkeypatch, caplog, capsys, share):
     caplog.set_level("INFO")
-    cfg = fidelity.load_config(QUICKSTART[1], [])
+    cfg = load_config(QUICKSTART[1], [], "torchvision")
     vit, image = fidelity.build_vit(cfg, 0), fidelity.load_image(cfg, 64, None, 0)
     weights = sum(parameter.nbytes for parameter in vit.parameters())
     double = 2 * (2 * weights + gradients.plain_peak_bytes(vit, image)) + weights
@@ -235,7 +222,7 @@ def test_relative_error_over_all_gradients():
 
 
 def test_the_packaged_weights_are_what_is_loaded():
-    cfg = fidelity.load_config(QUICKSTART[1], [])
+    cfg = load_config(QUICKSTART[1], [], "torchvision")
     packaged = load_file(ROOT / "dr2net_d2/weights/micro_vit.safetensors")
     loaded = fidelity.build_vit(cfg, 0).state_dict()
     name = "blocks.3.mlp.fc1.weight"

@@ -58,7 +58,12 @@ def folder(tmp_path, scripts):
         row(work._replace(size=512), "stock", 1e9, 2e9, (4, 4)),
     ]
     predicted = [{**row(half, "dr2net-exact", 0.5e9, 0.75e9), "status": "predicted"}]
-    for name, rows in (("results-cpu", measured), ("predictions", predicted)):
+    lean = [
+        row(work, "dr2net-stock-heads", 3e9, 4e9, (10, 30, 20)),
+        row(work, "dr2net-lean-rpn", 2e9, 3e9, (11, 33, 20)),
+    ]
+    files = {"results-cpu": measured, "predictions": predicted, "lean-cpu": lean}
+    for name, rows in files.items():
         content = {"setting": SETTING, "rows": rows}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     return tmp_path
@@ -97,6 +102,11 @@ def test_the_projects_page_is_filled(scripts, folder):
     assert "ViT-B, Mask R-CNN, 1024 px, bf16, batch 1" in text
     assert "not measured<br>*predicted 0.50 / 0.75*" in text
     assert "44 s (11 + 33), 0.0227/s, 1.10 x" in text
+    lines = [line.split("|")[2:6] for line in text.splitlines() if line.startswith("| ViT")]
+    lines = [[cell.strip() for cell in line] for line in lines]
+    assert ["none", "3.00 / 4.00", "20 s", "1.00 x"] in lines
+    assert ["rpn", "2.00 / 3.00", "20 s", "1.10 x"] in lines
+    assert ["pyramid, rpn, roi", *["not measured"] * 3] in lines
     pictures.draw_memory(found, folder / "memory.png")
     pictures.draw_time(found, folder / "time.png")
     assert (folder / "memory.png").read_bytes()[:4] == (folder / "time.png").read_bytes()[:4]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dr2net_d2.plan import load_config
+from dr2net_d2.commands import load_config
 from dr2net_d2.planner import predict
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ CASES = {
 def measure(name):
     """{"saved": ..., "peak": ..., "parts": {...}} in bytes."""
     file, engine, overrides = CASES[name]
-    cfg, engine = load_config(str(ROOT / "configs" / file), overrides, engine)
+    cfg = load_config(str(ROOT / "configs" / file), overrides, engine)
     side = cfg.MODEL.VIT.IMG_SIZE
     found = predict(cfg, "dr2net", side, coefficients=(0.5, 0.5), engine=engine)
     return {key: dataclasses.asdict(found)[key] for key in ("saved", "peak", "parts")}

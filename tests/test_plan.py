@@ -1,8 +1,6 @@
 """The memory planner on the quickstart, with torchvision's detector, and its search."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -12,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dr2net_d2 import dry_run, plan
+from dr2net_d2.commands import load_config
 from dr2net_d2.config import coefficient_schedule
 from dr2net_d2.core import attention_kernels
 from dr2net_d2.core.attention_kernels import planned_for
@@ -45,8 +44,7 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def small(*words):
-    cfg, _ = plan.load_config(QUICKSTART, [*SMALL, *words], "torchvision")
-    return cfg
+    return load_config(QUICKSTART, [*SMALL, *words], "torchvision")
 
 
 def found(arm="dr2net", side=128, batch=1, words=(), **options):
@@ -253,29 +251,3 @@ def test_unknown_arms_and_engines_are_refused():
     for words in ({"arm": "ours"}, {"engine": "tensorflow"}):
         with pytest.raises(ConfigError, match=next(iter(words.values()))):
             Planner(small(), **{"arm": "dr2net", "engine": "torchvision", **words})
-
-
-def test_without_detectron2_it_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "detectron2", None)
-    with pytest.raises(ConfigError, match="--engine detectron2"):
-        plan.load_config(QUICKSTART, [], "detectron2")
-    assert plan.load_config(QUICKSTART, [], "auto")[1] == "torchvision"
-
-
-def test_it_is_a_module_and_imports_no_detector_framework():
-    script = (
-        "import runpy, sys, dr2net_d2.planner; "
-        "assert not {'detectron2', 'torchvision'} & set(sys.modules); "
-        "sys.argv = ['plan', '--config-file', 'missing.yaml']; "
-        "runpy.run_module('dr2net_d2.plan', run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "missing.yaml" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr

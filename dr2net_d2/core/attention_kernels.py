@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +30,28 @@ CHUNK_BYTES = 2**23
 FUSED_WIDTH = 256
 """The largest head dimension of flash attention kernels."""
 
-_planned: ContextVar[str | None] = ContextVar("planned", default=None)
+
+class _Plan(NamedTuple):
+    device_type: str
+    chunks: int | None
+
+
+_plan: ContextVar[_Plan | None] = ContextVar("plan", default=None)
 
 
 @contextmanager
-def planned_for(device_type: str) -> Iterator[None]:
-    """Choose as on another device: fake tensors that stand for a GPU's live on the CPU."""
-    token = _planned.set(device_type)
+def planned_for(device_type: str, chunks: int | None = None) -> Iterator[None]:
+    """Choose as on another device: fake tensors that stand for a GPU's live on the CPU.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        chunks: that are gone through on each axis; for fake tensors, of which all chunks are alike.
+    """
+    token = _plan.set(_Plan(device_type, chunks))
     try:
         yield
     finally:
-        _planned.reset(token)
+        _plan.reset(token)
 
 
 def choose_kernel(qkv: Tensor) -> str:
@@ -51,7 +62,8 @@ def choose_kernel(qkv: Tensor) -> str:
 
 
 def _device_type(qkv: Tensor) -> str:
-    return _planned.get() or qkv.device.type
+    plan = _plan.get()
+    return plan.device_type if plan else qkv.device.type
 
 
 def matrix_attention(qkv: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -256,7 +268,9 @@ def _groups(qkv: Tensor) -> list[tuple[slice, slice]]:
 
 
 def _slices(length: int, at_once: int) -> list[slice]:
-    return [slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
+    plan = _plan.get()
+    starts = range(0, length, at_once)[: plan.chunks if plan else None]
+    return [slice(start, min(start + at_once, length)) for start in starts]
 
 
 def _of_group(qkv: Tensor, group: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:

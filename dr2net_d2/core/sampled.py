@@ -98,6 +98,10 @@ def with_gradient_of(values: Tensor, differentiable: Tensor) -> Tensor:
     return values.detach() + (differentiable - differentiable.detach())
 
 
+MATCHED_AT_ONCE = 2**24
+"""Similarities: 64 MB in float32, and a few times that in between."""
+
+
 def best_matches(
     similarity: Callable[[Tensor], Tensor], candidates: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import register_dataset
 from dr2net_d2.d2.engine import Trainer, run
 from dr2net_d2.d2.hooks import CoefficientHook, NonFiniteGuard, PeakMemory, SeedIterations
-from dr2net_d2.d2.lean import make_lean
+from dr2net_d2.d2.lean import build_detector, make_lean
 
 __all__ = [
     "CoefficientHook",
@@ -25,6 +25,7 @@ __all__ = [
     "SeedIterations",
     "Trainer",
     "add_dr2net_config",
+    "build_detector",
     "build_dr2net_vit_backbone",
     "build_dr2net_vitdet_backbone",
     "build_vit_backbone",

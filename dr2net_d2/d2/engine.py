@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
@@ -20,7 +19,6 @@ from detectron2.data import (
 from detectron2.engine import DefaultTrainer, HookBase, default_setup, launch
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import COCOEvaluator, verify_results
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
@@ -29,26 +27,17 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dr2net_d2.checkpointer import locate_weights
+from dr2net_d2.commands import load_config
 from dr2net_d2.config import (
-    add_dr2net_config,
     check_categories,
     check_weights_to_evaluate,
     coefficient_schedule,
-    lean_parts,
-    merge_config,
 )
-from dr2net_d2.core import Dr2NetViT
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import CheckedMapper, register_dataset, skip_samples
 from dr2net_d2.d2.hooks import CoefficientHook, NonFiniteGuard, PeakMemory, SeedIterations
-from dr2net_d2.d2.lean import make_lean
-from dr2net_d2.errors import (
-    ConfigError,
-    UserError,
-    WeightsError,
-    config_section,
-    detector_being_built,
-)
+from dr2net_d2.d2.lean import build_detector
+from dr2net_d2.errors import ConfigError, UserError, WeightsError, config_section
 from dr2net_d2.finetuning import divergence_at
 from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.pictures import draw_curves, draw_predictions
@@ -111,9 +100,7 @@ def _work(args: argparse.Namespace, outcome: MutableMapping[str, Any]) -> None:
 
 
 def _train_or_evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    cfg = get_cfg()
-    add_dr2net_config(cfg)
-    merge_config(cfg, args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, "detectron2")
     cfg.freeze()
     model = _checked_model(cfg, args)
 
@@ -259,7 +246,6 @@ def _draw_pictures(cfg: CfgNode, trained: bool) -> None:
 def _checked_model(cfg: CfgNode, args: argparse.Namespace) -> nn.Module:
     """The detector, after a look at everything that can be wrong in what the user gave."""
     coefficient_schedule(cfg)
-    lean = lean_parts(cfg)
     _check_device(cfg)
     _check_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     if not args.eval_only:
@@ -270,10 +256,7 @@ def _checked_model(cfg: CfgNode, args: argparse.Namespace) -> nn.Module:
     if not resuming:
         locate_weights(cfg.MODEL.WEIGHTS)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
-    with detector_being_built():
-        model = build_model(cfg)
-    if any(isinstance(module, Dr2NetViT) for module in model.modules()):
-        make_lean(model, lean)
+    model = build_detector(cfg)
     if not args.eval_only:
         with config_section("SOLVER"):
             Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))

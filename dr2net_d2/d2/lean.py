@@ -9,15 +9,17 @@ from collections.abc import Collection
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.layers.batch_norm import LayerNorm
+from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator.rpn import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from dr2net_d2.config import LEAN_PARTS
-from dr2net_d2.core import SimpleFeaturePyramid
+from dr2net_d2.config import LEAN_PARTS, lean_parts
+from dr2net_d2.core import Dr2NetViT, SimpleFeaturePyramid
 from dr2net_d2.core.lean import (
     BareConvolution,
     Layer,
@@ -25,15 +27,19 @@ from dr2net_d2.core.lean import (
     has_inner_hooks,
     lean_chain,
 )
-from dr2net_d2.core.sampled import best_matches, is_sparse, predictions_at, with_gradient_of
+from dr2net_d2.core.sampled import (
+    MATCHED_AT_ONCE,
+    best_matches,
+    is_sparse,
+    predictions_at,
+    with_gradient_of,
+)
+from dr2net_d2.errors import detector_being_built
 
 logger = logging.getLogger(__name__)
 
 # Without running statistics, which a second run would update again.
 _NORMS = (type(None), LayerNorm, nn.GroupNorm, FrozenBatchNorm2d)
-
-# IoUs at a time: 64 MB in float32, and a few times that in between.
-_MATCHED_AT_ONCE = 2**24
 
 
 class LeanRPN(RPN):
@@ -87,14 +93,14 @@ class LeanRPN(RPN):
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """As ``RPN``'s, with IoUs of ``_MATCHED_AT_ONCE`` pairs at a time.
+        """As ``RPN``'s, with IoUs of ``MATCHED_AT_ONCE`` pairs at a time.
 
         Returns:
             labels 1, 0 or -1 (anchors,) and boxes to regress to (anchors, 4), per image.
         """
         together = Boxes.cat(anchors)
         most = max(len(instances) for instances in gt_instances)
-        if most * len(together) <= _MATCHED_AT_ONCE or self.anchor_boundary_thresh >= 0:
+        if most * len(together) <= MATCHED_AT_ONCE or self.anchor_boundary_thresh >= 0:
             return super().label_and_sample_anchors(anchors, gt_instances)
         labels, boxes = [], []
         for instances in gt_instances:
@@ -120,7 +126,7 @@ def _match(matcher: Matcher, objects: Boxes, anchors: Boxes) -> tuple[Tensor, Te
     iou, matches, is_best = best_matches(
         lambda part: pairwise_iou(objects, Boxes(part)),
         anchors.tensor,
-        max(_MATCHED_AT_ONCE // len(objects), 1),
+        max(MATCHED_AT_ONCE // len(objects), 1),
     )
     by_threshold = copy.copy(matcher)
     by_threshold.allow_low_quality_matches = False
@@ -157,6 +163,19 @@ def _layers(head: nn.Sequential) -> list[Layer]:
         else:
             layers.append(module)
     return layers
+
+
+def build_detector(cfg: CfgNode) -> nn.Module:
+    """Detectron2's ``build_model``; a detector on our ViT is made lean as MODEL.DR2NET.LEAN says.
+
+    Raises:
+        ConfigError: keys of MODEL that do not fit together.
+    """
+    parts = lean_parts(cfg)
+    with detector_being_built():
+        model = build_model(cfg)
+    ours = any(isinstance(module, Dr2NetViT) for module in model.modules())
+    return make_lean(model, parts) if ours else model
 
 
 def make_lean(model: nn.Module, parts: Collection[str]) -> nn.Module:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import StandardROIHeads
@@ -17,9 +17,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 import dr2net_d2.d2.backbone  # noqa: F401  registers its builders
-from dr2net_d2.config import lean_parts
-from dr2net_d2.core import Dr2NetViT
-from dr2net_d2.d2.lean import make_lean
+from dr2net_d2.d2.lean import build_detector
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.simulation import DefiniteSizes
 
@@ -34,14 +32,12 @@ def build(cfg: CfgNode, stock: bool) -> nn.Module:
     """The detector that ``Trainer`` trains, or the same on Detectron2's own ViT, on meta.
 
     Raises:
-        ConfigError: a detector whose sampling the planner does not know.
+        ConfigError: see ``build_detector``; a detector whose sampling the planner does not know.
     """
     cfg.MODEL.DEVICE = "meta"
     name = cfg.MODEL.BACKBONE.NAME.replace("build_dr2net_", "build_")
     cfg.MODEL.BACKBONE.NAME = name if stock else name.replace("build_", "build_dr2net_")
-    model = build_model(cfg)
-    if any(isinstance(module, Dr2NetViT) for module in model.modules()):
-        make_lean(model, lean_parts(cfg))
+    model: Any = build_detector(cfg)
     parts = (("", GeneralizedRCNN), ("proposal_generator", RPN), ("roi_heads", StandardROIHeads))
     for path, known in parts:
         found = type(model.get_submodule(path))

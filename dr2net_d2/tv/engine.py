@@ -17,11 +17,12 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dr2net_d2.checkpointer import StrictCheckpointer
-from dr2net_d2.config import check_categories, check_weights_to_evaluate, merge_config
+from dr2net_d2.commands import load_config
+from dr2net_d2.config import check_categories, check_weights_to_evaluate
 from dr2net_d2.data import CocoRecord
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.pictures import draw_curves, draw_predictions
-from dr2net_d2.tv.config import check_config, get_cfg
+from dr2net_d2.tv.config import check_config
 from dr2net_d2.tv.dataset import Split, load_split
 from dr2net_d2.tv.model import build_model
 from dr2net_d2.tv.output import RunLog
@@ -44,8 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         FloatingPointError: the training has diverged.
     """
     with RunLog() as log, logging_redirect_tqdm():
-        cfg = get_cfg()
-        merge_config(cfg, args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts, "torchvision")
         check_config(cfg)
         cfg.freeze()
         device = _device(cfg, args.num_gpus)

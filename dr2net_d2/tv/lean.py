@@ -14,10 +14,13 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 from torchvision.ops import box_iou
 
 from dr2net_d2.core.lean import autocast_without_cache, has_inner_hooks, lean_chain
-from dr2net_d2.core.sampled import best_matches, is_sparse, predictions_at, with_gradient_of
-
-# IoUs at a time: 64 MB in float32, and a few times that in between.
-_MATCHED_AT_ONCE = 2**24
+from dr2net_d2.core.sampled import (
+    MATCHED_AT_ONCE,
+    best_matches,
+    is_sparse,
+    predictions_at,
+    with_gradient_of,
+)
 
 
 class LeanRegionProposalNetwork(RegionProposalNetwork):
@@ -82,7 +85,7 @@ class LeanRegionProposalNetwork(RegionProposalNetwork):
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """As torchvision's, with IoUs of ``_MATCHED_AT_ONCE`` pairs at a time.
+        """As torchvision's, with IoUs of ``MATCHED_AT_ONCE`` pairs at a time.
 
         Returns:
             labels 1, 0 or -1 (anchors,) and boxes to regress to (anchors, 4), per image.
@@ -90,7 +93,7 @@ class LeanRegionProposalNetwork(RegionProposalNetwork):
         labels, boxes = [], []
         for candidates, target in zip(anchors, targets, strict=True):
             objects = target["boxes"]
-            if len(objects) * len(candidates) <= _MATCHED_AT_ONCE:
+            if len(objects) * len(candidates) <= MATCHED_AT_ONCE:
                 (label,), (matched,) = super().assign_targets_to_anchors([candidates], [target])
             else:
                 matches = _match(self.proposal_matcher, objects, candidates)
@@ -105,7 +108,7 @@ class LeanRegionProposalNetwork(RegionProposalNetwork):
 def _match(matcher: Matcher, objects: Tensor, anchors: Tensor) -> Tensor:
     """What ``matcher`` gives for the IoUs of at least one object with ``anchors``."""
     iou, best, is_best = best_matches(
-        lambda part: box_iou(objects, part), anchors, max(_MATCHED_AT_ONCE // len(objects), 1)
+        lambda part: box_iou(objects, part), anchors, max(MATCHED_AT_ONCE // len(objects), 1)
     )
     by_threshold = copy.copy(matcher)
     by_threshold.allow_low_quality_matches = False

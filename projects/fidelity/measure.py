@@ -18,9 +18,10 @@ from limits import table as limits_table
 from step_time import table as time_table
 from torch import Tensor, nn
 
+from dr2net_d2.commands import load_config
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
 from dr2net_d2.data import load_coco, resolve_dataset
-from dr2net_d2.fidelity import align, build_vit, load_config, load_image, surroundings
+from dr2net_d2.fidelity import align, build_vit, load_image, surroundings
 from dr2net_d2.gradients import choose_reference, format_error, measure, schedule_pairs
 from dr2net_d2.pictures import draw_fidelity
 
@@ -66,7 +67,7 @@ def vitdet(side: int, embed_dim: int, depth: int, num_heads: int) -> tuple[Dr2Ne
 
 def micro_vit() -> tuple[Dr2NetViT, Tensor]:
     """The quickstart's pretrained ViT, and an image that it is finetuned for."""
-    cfg = load_config(str(ROOT / "configs" / "quickstart.yaml"), [])
+    cfg = load_config(str(ROOT / "configs" / "quickstart.yaml"), [], "torchvision")
     json_file, image_root = resolve_dataset("small_digits_val")
     file = load_coco(json_file, image_root).records[0].file_name
     return build_vit(cfg, SEED), load_image(cfg, cfg.MODEL.VIT.IMG_SIZE, file, SEED)

@@ -15,18 +15,17 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from detectron2.config import get_cfg
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import build_backbone
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from fvcore.common.config import CfgNode
-from store import DEPTHS, Work
+from store import DEPTHS, LEAN_ARMS, Work
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dr2net_d2.config import lean_parts, merge_config
+from dr2net_d2 import commands
 from dr2net_d2.core.memory import LiveBytes, count_saved_bytes, peak_tensor_bytes
-from dr2net_d2.d2 import add_dr2net_config, make_lean
+from dr2net_d2.d2 import build_detector
 from dr2net_d2.gradients import checkpointed
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-InstanceSegmentation"
@@ -59,9 +58,8 @@ def load_config(model: str, depth: int | None = None) -> CfgNode:
         depth: number of blocks, at least 4, the last of each quarter global; None: the model's own.
     """
     shape = MODELS[model]
-    cfg = get_cfg()
-    add_dr2net_config(cfg)
-    merge_config(cfg, str(CONFIGS / f"mask_rcnn_vitdet_{shape.config}.yaml"), [])
+    file = CONFIGS / f"mask_rcnn_vitdet_{shape.config}.yaml"
+    cfg = commands.load_config(str(file), [], "detectron2")
     depth = depth or DEPTHS[model]
     last_of_quarter = [quarter * depth // GLOBAL_BLOCKS - 1 for quarter in range(1, 5)]
     vit = cfg.MODEL.VIT
@@ -76,7 +74,7 @@ class Network:
     """One arm: a network in training mode, and how to call it.
 
     Args:
-        arm: of ``store.ARMS``.
+        arm: of ``store.ARMS`` or ``store.LEAN_ARMS``.
         scope: of ``store.SCOPES``.
         module: the detector, or the ViT alone.
     """
@@ -142,15 +140,15 @@ def build_networks(
 def build_module(cfg: CfgNode, scope: str, arm: str) -> nn.Module:
     """The detector or the ViT of an arm, as the project's config keys describe it."""
     cfg = cfg.clone()
-    ours = arm in ("our-attention-checkpoint", "dr2net-exact", "dr2net-float")
+    reversible = arm.startswith("dr2net")
+    ours = reversible or arm == "our-attention-checkpoint"
     part = "vit" if scope == "vit" else "vitdet"
     cfg.MODEL.BACKBONE.NAME = f"build_{'dr2net_' if ours else ''}{part}_backbone"
-    cfg.MODEL.DR2NET.ARITHMETIC = "exact" if arm == "dr2net-exact" else "float"
-    cfg.MODEL.DR2NET.REVERSIBLE = arm in ("dr2net-exact", "dr2net-float")
-    if scope == "vit":
-        return build_backbone(cfg)
-    detector = build_model(cfg)
-    return make_lean(detector, lean_parts(cfg)) if ours else detector
+    cfg.MODEL.DR2NET.REVERSIBLE = reversible
+    cfg.MODEL.DR2NET.ARITHMETIC = "exact" if reversible and arm != "dr2net-float" else "float"
+    if arm in LEAN_ARMS:
+        cfg.MODEL.DR2NET.LEAN = list(LEAN_ARMS[arm])
+    return build_backbone(cfg) if scope == "vit" else build_detector(cfg)
 
 
 def share_parameters(module: nn.Module, source: nn.Module) -> None:

@@ -7,6 +7,8 @@ an interrupted run goes on where it stopped, and what is there is skipped. Needs
     python projects/memory_benchmark/measure.py --preset cpu
     python projects/memory_benchmark/measure.py --preset gpu --device cuda --time-limit 540
     python projects/memory_benchmark/measure.py --models ti b --sizes 512 1024 --scope vit
+    python projects/memory_benchmark/measure.py --models ti --arms dr2net-stock-heads \\
+        dr2net-lean-pyramid dr2net-lean-rpn dr2net-lean-roi dr2net-exact --output lean-cpu.json
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from store import (
     ARMS,
     DEPTHS,
     FAILED,
+    LEAN_ARMS,
     MEASURED,
     OUT_OF_MEMORY,
     PRECISIONS,
@@ -91,7 +94,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     axes.add_argument("--sizes", nargs="+", type=int, metavar="PX", help="sides of square images")
     axes.add_argument("--batches", nargs="+", type=int, metavar="N", help="images a step")
     axes.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="bf16 is autocast")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices={**ARMS, **LEAN_ARMS}, default=list(ARMS))
     parser.add_argument("--objects", type=int, default=20, metavar="N", help="per image")
     parser.add_argument(
         "--rounds", type=int, default=3, metavar="N", help="timed turns of each arm"
@@ -150,7 +153,7 @@ class Bench:
 
     Args:
         results: where to.
-        arms: of ``store.ARMS``.
+        arms: of ``store.ARMS`` or ``store.LEAN_ARMS``.
         device: where on.
         rounds: timed turns of each arm.
         until: a ``time.perf_counter`` after which no measurement starts.
@@ -200,7 +203,8 @@ class Bench:
                 self._check_time()
                 started = time.perf_counter()
                 row = self._guarded(work, arm, self._memory, inputs, gradient)
-                say(f"    {ARMS[arm]}: {describe(row)} ({time.perf_counter() - started:.0f} s)")
+                seconds = time.perf_counter() - started
+                say(f"    {ARMS.get(arm, arm)}: {describe(row)} ({seconds:.0f} s)")
         for turn in range(self.rounds):
             timed = []
             for arm in missing:
@@ -208,7 +212,7 @@ class Bench:
                 if row and row["status"] == MEASURED and turns(row) <= turn:
                     self._check_time()
                     row = self._guarded(work, arm, self._time, inputs, gradient)
-                    timed.append(f"{ARMS[arm]} {describe(row)}")
+                    timed.append(f"{ARMS.get(arm, arm)} {describe(row)}")
             if timed:
                 say(f"    turn {turn + 1} of {self.rounds}: {', '.join(timed)}")
 

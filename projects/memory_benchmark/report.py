@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from store import ARMS, MEASURED, Results, Work, step_seconds, turns
+from store import ARMS, LEAN_ARMS, MEASURED, Results, Work, step_seconds, turns
 
 from dr2net_d2.errors import ConfigError, UserError
 from dr2net_d2.fidelity import align
@@ -22,6 +22,7 @@ from dr2net_d2.fidelity import align
 HERE = Path(__file__).parent
 LADDER = Work("detector", "b", None, 1024, 1, "fp32", 20, 0)
 NOT_MEASURED = "not measured"
+STOCK_HEADS = "dr2net-stock-heads"
 
 
 class Measurements:
@@ -33,6 +34,7 @@ class Measurements:
             for name, file in (("CPU", "cpu"), ("GPU", "cuda"))
         }
         self.predicted = Results(folder / "predictions.json")
+        self.lean = Results(folder / "lean-cpu.json")
 
     def hardware(self, device: str) -> str:
         setting = self.devices[device].setting
@@ -73,6 +75,21 @@ def ratio(device: Results, work: Work, arm: str, other: str) -> float | None:
         return None
     turn_by_turn = zip(*(step_seconds(row) for row in pair if row), strict=False)
     return statistics.median(one / two for one, two in turn_by_turn)
+
+
+def lean_table(measured: Results) -> str:
+    """Saved and peak GB, seconds of a step and ratio, a line per choice of MODEL.DR2NET.LEAN."""
+    lines = [["configuration", "MODEL.DR2NET.LEAN", "GB saved / peak", "step", "of stock heads'"]]
+    for work in measured.works():
+        for arm, parts in LEAN_ARMS.items():
+            row, times = measured.find(work, arm), ratio(measured, work, arm, STOCK_HEADS)
+            line = [str(work), ", ".join(parts) or "none", _memory(row)]
+            if row is None or times is None:
+                line += [NOT_MEASURED] * 2
+            else:
+                line += [f"{statistics.median(step_seconds(row)):.3g} s", f"{times:.2f} x"]
+            lines.append(line)
+    return align(lines)
 
 
 def ladder_table(found: Measurements) -> str:
@@ -134,7 +151,7 @@ def fill_ladder(page: Path, found: Measurements) -> None:
 
 def fill_report(page: Path, found: Measurements) -> None:
     """Write all tables of measurements into this project's page."""
-    tables = {}
+    tables = {"lean": lean_table(found.lean)}
     for name, device in found.devices.items():
         works = list(device.works())
         # What is predicted and not measured belongs to a GPU.

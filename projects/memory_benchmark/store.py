@@ -19,6 +19,15 @@ ARMS = {
 }
 """Name on the command line and in the file -> name in tables and pictures."""
 
+LEAN_ARMS: dict[str, tuple[str, ...]] = {
+    "dr2net-stock-heads": (),
+    "dr2net-lean-pyramid": ("pyramid",),
+    "dr2net-lean-rpn": ("rpn",),
+    "dr2net-lean-roi": ("roi",),
+    "dr2net-exact": ("pyramid", "rpn", "roi"),
+}
+"""Of dr2net exact -> MODEL.DR2NET.LEAN, to see what each part saves and costs."""
+
 DEPTHS = {"ti": 12, "s": 12, "b": 12, "l": 24, "h": 32}
 """Model -> its own number of blocks."""
 

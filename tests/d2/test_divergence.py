@@ -108,4 +108,4 @@ def test_the_command_prints_one_line_and_returns_1(tmp_path, output, capsys):
     assert train_net.main([*words, "OUTPUT_DIR", str(output)]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "train_net" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("train_net.py: training diverged: iteration 1: ")
+    assert lines[0].startswith("train_net.py: error: iteration 1: ")

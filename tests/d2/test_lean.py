@@ -249,7 +249,7 @@ def test_hooks_of_layers_are_called_once_and_of_heads_always(tmp_path):
 @pytest.mark.parametrize("low_quality", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_matching_in_chunks_is_detectron2s(monkeypatch, count, low_quality):
-    monkeypatch.setattr(lean, "_MATCHED_AT_ONCE", 97)
+    monkeypatch.setattr(lean, "MATCHED_AT_ONCE", 97)
     torch.manual_seed(0)
     matcher = Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=low_quality)
     corners = torch.rand(300 + count, 2) * 50
@@ -265,7 +265,7 @@ def test_matching_in_chunks_is_detectron2s(monkeypatch, count, low_quality):
 def test_a_step_that_matches_in_chunks_is_the_same(tmp_path, monkeypatch):
     inputs = images()
     losses, *_ = step(detector(tmp_path), inputs)
-    monkeypatch.setattr(lean, "_MATCHED_AT_ONCE", 100)
+    monkeypatch.setattr(lean, "MATCHED_AT_ONCE", 100)
     lean_losses, *_ = step(detector(tmp_path, parts=["rpn"]), inputs)
     assert lean_losses == losses
 

@@ -87,6 +87,18 @@ def test_memory_of_the_arms_is_in_their_order(scripts, cfg, work):
     assert found["frozen"]["gradient_bytes"] < found["stock"]["gradient_bytes"]
 
 
+def test_each_lean_part_saves_less(scripts, cfg, work):
+    store, arms, _ = scripts
+    found = {}
+    for arm, network in arms.build_networks(cfg, "detector", store.LEAN_ARMS, CPU, 0).items():
+        row = arms.measure_memory(network, *inputs_of(arms, work), work)
+        found[arm] = row["saved_bytes"], row["output"]
+        assert network.vit.reversible and network.vit.arithmetic == "exact"
+    saved, losses = zip(*found.values(), strict=True)
+    assert saved[4] < min(saved[1:4]) and max(saved[1:4]) < saved[0]
+    assert losses == pytest.approx([losses[0]] * 5, rel=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_vit_alone(scripts, cfg, work, precision):
     _, arms, _ = scripts

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from detectron2.modeling import build_model
 from detectron2.structures import BitMasks
 from detectron2.utils.events import EventStorage
 
-from dr2net_d2.config import lean_parts
 from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.memory import count_saved_bytes, peak_tensor_bytes
-from dr2net_d2.d2 import Trainer
-from dr2net_d2.d2.lean import make_lean
+from dr2net_d2.d2 import Trainer, build_detector
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.planner import ARMS, Planner, predict
 from tests.d2 import tiny
@@ -31,9 +28,8 @@ NAMES = {"stock": "build_vitdet_backbone", "dr2net": "build_dr2net_vitdet_backbo
 def real_iteration(cfg, size, images, objects):
     """Peak bytes beyond parameters, gradients and optimizer state, and bytes that are saved."""
     torch.manual_seed(0)
-    model = build_model(cfg)
+    model = build_detector(cfg)
     if "dr2net" in cfg.MODEL.BACKBONE.NAME:
-        make_lean(model, lean_parts(cfg))
         model.backbone.net.coefficients.set(0.5, 0.5)
     optimizer = Trainer.build_optimizer(cfg, model)
     for group in optimizer.param_groups:

@@ -142,5 +142,5 @@ def test_the_command_prints_one_line_and_returns_1(arguments, output, capsys):
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if "train_net" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("train_net.py: training diverged: iteration 1: ")
+    assert lines[0].startswith("train_net.py: error: iteration 1: ")
     assert "Traceback" not in captured.out + captured.err

@@ -110,7 +110,7 @@ def test_matching_in_chunks_is_torchvisions(build, monkeypatch, count, low_quali
     for parts in ("[]", "['rpn']"):
         rpn = build("MODEL.DR2NET.LEAN", parts).rpn
         rpn.proposal_matcher.allow_low_quality_matches = low_quality
-        monkeypatch.setattr("dr2net_d2.tv.lean._MATCHED_AT_ONCE", 97)
+        monkeypatch.setattr("dr2net_d2.tv.lean.MATCHED_AT_ONCE", 97)
         results.append(rpn.assign_targets_to_anchors([boxes[count:]] * 2, targets))
     for stock, lean in zip(*map(itertools.chain.from_iterable, results), strict=True):
         assert torch.equal(stock, lean)
