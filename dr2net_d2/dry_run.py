@@ -44,7 +44,7 @@ coupling handles, heads those of RPN and ROIs, other the images and the optimize
 
 LASTING = PARTS[:3]
 
-CHUNKS = 3
+CHUNKS = 2
 """Of attention, on each axis, that are gone through: further ones of the hundreds that large images
 have are the same again, and each costs time."""
 

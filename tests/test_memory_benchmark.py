@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from dr2net_d2.core.attention_kernels import KERNELS
 from dr2net_d2.errors import ConfigError
 
 FOLDER = Path(__file__).parents[1] / "projects" / "memory_benchmark"
@@ -144,3 +146,28 @@ def test_every_row_is_written_at_once_and_a_failure_is_forgotten(scripts, tmp_pa
     assert found == {**work._asdict(), "arm": "stock", "status": "measured", "saved_bytes": 1}
     assert list(store.Results(path).works()) == [work]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_every_way_of_attention_is_measured_against_the_formula(monkeypatch, tmp_path):
+    (kernels,) = load(monkeypatch, "kernels")
+    device, shape = torch.device("cpu"), kernels.Shape("small", 2, 6)
+    rows = kernels.measure(shape, device, torch.float32, rounds=2)
+    assert [row["kernel"] for row in rows if row["chosen"]] == ["chunked"]
+    assert all(0 < row["error"] < 1e-5 for row in rows)
+    stock, *others = rows
+    assert stock["kernel"] == "matrix"
+    assert all(row["saved_bytes"] < stock["saved_bytes"] for row in others)
+    content = {"setting": SETTING, "rows": [*rows, {**stock, "name": "large"}]}
+    for key in ("peak_bytes", "chosen"):
+        del content["rows"][-1][key]
+    (tmp_path / "kernels-cpu.json").write_text(json.dumps(content))
+    (tmp_path / "README.md").write_text((FOLDER / "README.md").read_text())
+    kernels.fill_page(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("| **chunked** |") == 1 and "1.00 x" in text
+    assert "large, float32" in text and "out of memory" in text and "GPU: not measured." in text
+
+    inputs = kernels.make_inputs(shape, device, torch.float32)[:3]
+    with torch.no_grad():  # it has no backward on a CPU
+        flex, matrix = (way(*inputs) for way in (kernels.flexible_attention, KERNELS["matrix"]))
+    torch.testing.assert_close(flex, matrix, rtol=1e-5, atol=1e-5)

@@ -125,7 +125,7 @@ def test_a_few_chunks_of_attention_stand_for_all(monkeypatch):
     words = ["MODEL.VIT.WINDOW_BLOCK_INDEXES", "[]", "MODEL.VIT.DEPTH", "1"]
     planner = Planner(small(*words), "our attention + checkpoint", engine="torchvision")
     peaks = []
-    for chunks in (3, 10**6):
+    for chunks in (dry_run.CHUNKS, 10**6):
         monkeypatch.setattr(dry_run, "CHUNKS", chunks)
         peaks.append(planner.peak(384))
     assert peaks[0] == peaks[1]
