@@ -45,7 +45,8 @@ def count_saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
         if storage._cdata not in excluded:
             counted.storages[storage._cdata] = storage.nbytes()
             held.append(tensor.detach())
-        return tensor
+        # An op that saves its own result would refer to itself, and never be freed.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield counted

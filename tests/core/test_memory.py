@@ -1,6 +1,7 @@
 """Counters of memory against cases worked out by hand."""
 
 import os
+import weakref
 
 import pytest
 import torch
@@ -126,6 +127,22 @@ def test_saved_bytes_without_the_weights(fake):
         total = saved()
     # x of the first layer; relu(z), for itself and for the second layer.
     assert total == 4 * 8 * (10 + 50)
+
+
+def test_a_result_that_its_own_op_saves_is_freed_with_the_graph():
+    freed = []
+    x = torch.ones(3, requires_grad=True)
+    with count_saved_bytes() as saved:
+        y = (2 * x).exp()
+    weakref.finalize(y.untyped_storage(), freed.append, True)
+    assert saved.total == y.nbytes
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * (2 * x).exp())
+    with count_saved_bytes():
+        z = (2 * x).softmax(0)
+    weakref.finalize(z.untyped_storage(), freed.append, True)
+    del y, z, saved
+    assert freed == [True, True]
 
 
 def test_what_is_available_is_part_of_the_machine():
