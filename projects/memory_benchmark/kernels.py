@@ -195,7 +195,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             [
                 line[0],
                 f"**{line[1]}**" if row["chosen"] else line[1],
-                f"{forward:.3g} + {backward:.3g}",
+                f"{_three_digits(forward)} + {_three_digits(backward)}",
                 f"{statistics.median(ratios):.2f} x" if ratios else "-",
                 f"{row['saved_bytes'] / 1e9:.3f} / {row['peak_bytes'] / 1e9:.3f}",
                 f"{row['error']:.0e}",
@@ -206,6 +206,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _steps(row: dict[str, Any]) -> list[float]:
     return [sum(both) for both in zip(*(row[part] for part in PARTS), strict=True)]
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def fill_page(folder: Path) -> None:
@@ -240,9 +244,9 @@ def main() -> int:
     for dtype, shape in itertools.product(DTYPES[args.device], SHAPES[args.device]):
         print(f"{shape.name}, {dtype}", flush=True)
         content["rows"] += measure(shape, device, dtype, args.rounds)
-    print(table(content["rows"]))
     (HERE / f"kernels-{args.device}.json").write_text(json.dumps(content, indent=1) + "\n")
     fill_page(HERE)
+    print(f"wrote kernels-{args.device}.json and the table in {HERE / 'README.md'}")
     return 0
 
 
