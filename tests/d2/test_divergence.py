@@ -32,7 +32,7 @@ def train(tmp_path, monkeypatch):
     """``train(change, "KEY", "VALUE", ...)``: a training whose model goes through ``change``."""
 
     def train(change, *opts):
-        build_model = engine.build_model
+        build_model = engine.build_detector
 
         def changed(cfg):
             model = build_model(cfg)
@@ -40,7 +40,7 @@ def train(tmp_path, monkeypatch):
             return model
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "build_model", changed)
+            patch.setattr(engine, "build_detector", changed)
             return run(arguments(tmp_path, "TEST.EVAL_PERIOD", 0, *opts))
 
     return train
