@@ -134,6 +134,10 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--budget-gb is {args.budget_gb:g}; it must be above 0")
     engine = choose_engine(args.engine)
     cfg = load_config(args.config_file, args.opts, engine)
+    if engine == "torchvision":
+        from dr2net_d2.tv.config import check_config
+
+        check_config(cfg)
     side = cfg.MODEL.VIT.IMG_SIZE if args.image_size is None else args.image_size
     batch, budget = args.batch_size, int(args.budget_gb * GB)
     rows: list[dict[str, Any]] = []

@@ -73,7 +73,7 @@ def predict(
     Assumed are ``ASSUMED``; ``NOT_INCLUDED`` comes on top.
 
     Args:
-        cfg: of the engine. Images are padded to whole strides, whatever
+        cfg: of the engine; checked, for torchvision's. Images are padded to whole strides, whatever
             its MODEL.VIT.SQUARE_PAD.
         arm: of ``ARMS``; the config's choice of backbone and MODEL.DR2NET.REVERSIBLE do not count.
         image_size: px.

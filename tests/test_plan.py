@@ -27,6 +27,7 @@ from dr2net_d2.planner import (
     predict,
 )
 from dr2net_d2.simulation import CudaAutocast
+from dr2net_d2.tv.config import check_config
 from dr2net_d2.tv.model import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,9 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def small(*words):
-    return load_config(QUICKSTART, [*SMALL, *words], "torchvision")
+    cfg = load_config(QUICKSTART, [*SMALL, *words], "torchvision")
+    check_config(cfg)
+    return cfg
 
 
 def found(arm="dr2net", side=128, batch=1, words=(), **options):

@@ -32,6 +32,7 @@ from dr2net_d2.config import (
     check_categories,
     check_weights_to_evaluate,
     coefficient_schedule,
+    lean_parts,
 )
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import CheckedMapper, register_dataset, skip_samples
@@ -246,6 +247,7 @@ def _draw_pictures(cfg: CfgNode, trained: bool) -> None:
 def _checked_model(cfg: CfgNode, args: argparse.Namespace) -> nn.Module:
     """The detector, after a look at everything that can be wrong in what the user gave."""
     coefficient_schedule(cfg)
+    lean_parts(cfg)
     _check_device(cfg)
     _check_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     if not args.eval_only:

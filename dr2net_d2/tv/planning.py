@@ -12,7 +12,6 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from dr2net_d2.simulation import DefiniteSizes
-from dr2net_d2.tv.config import check_config
 from dr2net_d2.tv.model import build_model
 
 STOCK_VIT = False
@@ -23,12 +22,7 @@ KEEPS_INPUTS = True
 
 
 def build(cfg: CfgNode, stock: bool) -> nn.Module:
-    """The detector that ``Training`` trains; there is no stock ViT to choose.
-
-    Raises:
-        ConfigError: see ``check_config``.
-    """
-    check_config(cfg)
+    """The detector that ``Training`` trains; there is no stock ViT to choose."""
     return build_model(cfg)
 
 

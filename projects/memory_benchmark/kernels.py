@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from report import HERE, NOT_MEASURED, fill
+from report import HERE, NOT_MEASURED, fill, hardware
+from store import step_seconds
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -184,12 +185,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             lines.append([*line, "out of memory", "-", "-", "-"])
             continue
         (stock,) = (
-            _steps(other)
+            step_seconds(other)
             for other in rows
             if (other["name"], other["dtype"], other["kernel"])
             == (row["name"], row["dtype"], STOCK)
         )
-        ratios = [one / two for one, two in zip(_steps(row), stock, strict=False)]
+        ratios = [one / two for one, two in zip(step_seconds(row), stock, strict=False)]
         forward, backward = (1e3 * statistics.median(row[part]) for part in PARTS)
         lines.append(
             [
@@ -204,10 +205,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return align(lines)
 
 
-def _steps(row: dict[str, Any]) -> list[float]:
-    return [sum(both) for both in zip(*(row[part] for part in PARTS), strict=True)]
-
-
 def _three_digits(number: float) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
@@ -215,16 +212,12 @@ def _three_digits(number: float) -> str:
 def fill_page(folder: Path) -> None:
     """Write the tables of both devices into the folder's README.md."""
     tables = {}
-    for device, name in (("cpu", "kernels CPU"), ("cuda", "kernels GPU")):
-        file = folder / f"kernels-{device}.json"
-        tables[name] = f"{name.rpartition(' ')[2]}: {NOT_MEASURED}."
-        if file.is_file():
-            content = json.loads(file.read_text())
-            where = content["setting"]
-            threads = f"{where['threads']} threads of " if device == "cpu" else ""
-            tables[name] = (
-                f"{threads}{where['device']}, torch {where['torch']}.\n\n{table(content['rows'])}"
-            )
+    for file, device in (("kernels-cpu.json", "CPU"), ("kernels-cuda.json", "GPU")):
+        tables[f"kernels {device}"] = f"{device}: {NOT_MEASURED}."
+        if (folder / file).is_file():
+            content = json.loads((folder / file).read_text())
+            where = hardware(content["setting"], device)
+            tables[f"kernels {device}"] = f"{where}.\n\n{table(content['rows'])}"
     fill(folder / "README.md", tables)
 
 

@@ -38,10 +38,13 @@ class Measurements:
 
     def hardware(self, device: str) -> str:
         setting = self.devices[device].setting
-        if setting is None:
-            return NOT_MEASURED
-        where = f"{setting['threads']} threads of " if device == "CPU" else ""
-        return f"{where}{setting['device']}, torch {setting['torch']}"
+        return NOT_MEASURED if setting is None else hardware(setting, device)
+
+
+def hardware(setting: dict[str, Any], device: str) -> str:
+    """Processor or GPU and torch of the setting of a file, ``device`` being CPU or GPU."""
+    where = f"{setting['threads']} threads of " if device == "CPU" else ""
+    return f"{where}{setting['device']}, torch {setting['torch']}"
 
 
 def memory_table(device: Results, predicted: Results, works: Iterable[Work]) -> str:
