@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from dr2net_d2.core import CoefficientSchedule, ReversibleSequence
+from dr2net_d2.core import ReversibleSequence
 
 logger = logging.getLogger(__name__)
 
@@ -18,12 +18,16 @@ CALMER = "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or enable SOLVER.C
 
 
 def update_coefficients(
-    model: nn.Module, schedule: CoefficientSchedule, iteration: int, max_iter: int
+    model: nn.Module,
+    schedule: Callable[[float], tuple[float, float]],
+    iteration: int,
+    max_iter: int,
 ) -> dict[str, float]:
     """Set alpha and beta of every reversible stack for an iteration that is about to run.
 
     Args:
         model: a detector, wrapped or not; one without a reversible stack is left alone.
+        schedule: progress in [0, 1] -> (alpha, beta); a ``CoefficientSchedule``, or one's own.
         iteration: from 0 to max_iter - 1.
         max_iter: length of the training.
 

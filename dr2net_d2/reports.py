@@ -1,4 +1,4 @@
-"""Writing what a command found: a JSON file and a picture of it, both or neither."""
+"""Writing what was found: a JSON file and a picture of it, both or neither; tables into a page."""
 
 from __future__ import annotations
 
@@ -43,3 +43,22 @@ def write_report(
     for partial_file in (data, picture):
         partial_file.replace(partial_file.with_suffix(""))
     logger.info("wrote %s", folder / f"{name}.{{json,png}}")
+
+
+def fill_page(page: Path, tables: dict[str, str]) -> None:
+    """Replace what stands between <!-- name --> and <!-- /name --> in a page.
+
+    Raises:
+        ConfigError: no such page, or it has no such pair.
+    """
+    if not page.is_file():
+        raise ConfigError(f"{page} does not exist; give a page with markers")
+    text = page.read_text()
+    for name, table in tables.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, found, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ConfigError(f"{page} lacks {start} or {end}; put both where the table is to be")
+        text = f"{before}{start}\n{table}\n{end}{after}"
+    page.write_text(text)

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +54,8 @@ class Training:
         seed: of the image stream; a resumed training keeps its own.
         resume: continue from the last checkpoint in OUTPUT_DIR, if there is one.
 
+    ``schedule``, progress in [0, 1] -> (alpha, beta), may be replaced before ``run``.
+
     Raises:
         UserError: what it is given does not fit together. Nothing is written before ``run``.
     """
@@ -66,7 +68,7 @@ class Training:
         self.records = records
         self.seed = seed
         self.device = next(model.parameters()).device
-        self.schedule = coefficient_schedule(cfg)
+        self.schedule: Callable[[float], tuple[float, float]] = coefficient_schedule(cfg)
         self.multiplier = lr_multiplier(cfg)
         with config_section("SOLVER"):
             self.optimizer = build_optimizer(cfg, model)

@@ -16,8 +16,9 @@ from typing import Any
 
 from store import ARMS, LEAN_ARMS, MEASURED, Results, Work, step_seconds, turns
 
-from dr2net_d2.errors import ConfigError, UserError
+from dr2net_d2.errors import UserError
 from dr2net_d2.fidelity import align
+from dr2net_d2.reports import fill_page
 
 HERE = Path(__file__).parent
 LADDER = Work("detector", "b", None, 1024, 1, "fp32", 20, 0)
@@ -128,28 +129,9 @@ def ladder_table(found: Measurements) -> str:
     )
 
 
-def fill(page: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between <!-- name --> and <!-- /name --> in a page.
-
-    Raises:
-        ConfigError: no such page, or it has no such pair.
-    """
-    if not page.is_file():
-        raise ConfigError(f"{page} does not exist; give a page with markers")
-    text = page.read_text()
-    for name, table in tables.items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, found, rest = text.partition(start)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise ConfigError(f"{page} lacks {start} or {end}; put both where the table is to be")
-        text = f"{before}{start}\n{table}\n{end}{after}"
-    page.write_text(text)
-
-
 def fill_ladder(page: Path, found: Measurements) -> None:
     """Write the memory ladder into a page that has its markers, such as the top-level README."""
-    fill(page, {"memory ladder": ladder_table(found)})
+    fill_page(page, {"memory ladder": ladder_table(found)})
 
 
 def fill_report(page: Path, found: Measurements) -> None:
@@ -165,7 +147,7 @@ def fill_report(page: Path, found: Measurements) -> None:
         tables[f"memory {name}"] = f"{where}\n\n{memory}".rstrip()
         seconds = time_table(device, works) if works else ""
         tables[f"time {name}"] = f"{where}\n\n{seconds}".rstrip()
-    fill(page, tables)
+    fill_page(page, tables)
 
 
 def _memory(row: dict[str, Any] | None) -> str:

@@ -1,10 +1,12 @@
 """Pretrains the micro ViT that the package ships: an ordinary network, timm's, nothing reversible.
 
+The 12 blocks of projects/parity are pretrained by it as well.
+
 Task: on small canvases of SmallDigits, say for every 8 px patch which digit covers its centre, or
 none. Only digit samples of the training split are drawn. Writes the weights (float16 safetensors,
 timm's names) and a JSON with the figures.
 
-    python projects/micro_vit/pretrain.py --output dr2net_d2/weights
+    python projects/micro_vit/pretrain.py
 """
 
 from __future__ import annotations
@@ -26,16 +28,22 @@ from tqdm import tqdm
 
 from dr2net_d2.data import SmallDigitsConfig, draw_canvas
 
+HERE = Path(__file__).parent
 SIZE, PATCH, NONE = 64, 8, 10
 OBJECTS = 7
 BATCH = 64
 PEAK_LR, WARMUP = 2e-3, 300
 
 
-def micro_vit() -> nn.Module:
-    """timm's plain ViT: 8 blocks of 96 channels on 8 x 8 patches of 8 px."""
+def micro_vit(depth: int) -> nn.Module:
+    """timm's plain ViT: blocks of 96 channels on 8 x 8 patches of 8 px."""
     return timm.models.VisionTransformer(
-        img_size=SIZE, patch_size=PATCH, embed_dim=96, depth=8, num_heads=3, num_classes=NONE + 1
+        img_size=SIZE,
+        patch_size=PATCH,
+        embed_dim=96,
+        depth=depth,
+        num_heads=3,
+        num_classes=NONE + 1,
     )
 
 
@@ -84,7 +92,10 @@ def accuracy(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("dr2net_d2/weights"))
+    weights_file = HERE.parents[1] / "dr2net_d2" / "weights" / "micro_vit.safetensors"
+    parser.add_argument("--output", type=Path, default=weights_file, help="the weights")
+    parser.add_argument("--result", type=Path, default=HERE / "result.json", help="the figures")
+    parser.add_argument("--depth", type=int, default=8, help="number of blocks")
     parser.add_argument("--iterations", type=int, default=4000)
     parser.add_argument("--canvases", type=int, default=20000, help="training canvases drawn")
     parser.add_argument("--seed", type=int, default=0)
@@ -94,7 +105,7 @@ def main() -> None:
     # Seeds other than the detection datasets' (0), so that no canvas of theirs is drawn here.
     images, targets = canvases("train", args.canvases, seed=args.seed + 1000)
     val_images, val_targets = canvases("val", 1000, seed=args.seed + 1000)
-    model = micro_vit()
+    model = micro_vit(args.depth)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -123,6 +134,7 @@ def main() -> None:
 
     model.half().float()
     result = {
+        "depth": args.depth,
         **accuracy(model, val_images, val_targets),
         "iterations": args.iterations,
         "images_seen": args.iterations * BATCH,
@@ -135,13 +147,12 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
-    args.output.mkdir(parents=True, exist_ok=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(
         {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()},
-        args.output / "micro_vit.safetensors",
+        args.output,
     )
-    results = Path(__file__).parent / "result.json"
-    results.write_text(json.dumps(result, indent=2) + "\n")
+    args.result.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 
