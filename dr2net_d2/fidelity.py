@@ -51,7 +51,7 @@ from dr2net_d2.gradients import (
     schedule_pairs,
 )
 from dr2net_d2.pictures import draw_fidelity
-from dr2net_d2.reports import writable_folder, write_report
+from dr2net_d2.reports import markdown_table, writable_folder, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -146,20 +146,11 @@ def format_tables(rows: Iterable[dict[str, Any]], reference: str) -> str:
                for a in ARMS]
         )  # fmt: skip
     return (
-        f"Gradient error, relative to {reference}, everything stored:\n{align(errors)}\n\n"
-        f"Megabytes saved for the backward / peak of forward and backward:\n{align(bytes_)}"
+        f"Gradient error, relative to {reference}, everything stored:\n"
+        f"{markdown_table(errors)}\n\n"
+        "Megabytes saved for the backward / peak of forward and backward:\n"
+        f"{markdown_table(bytes_)}"
     )
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the header first, as a Markdown table with right-aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

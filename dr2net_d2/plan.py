@@ -25,7 +25,6 @@ import torch
 
 from dr2net_d2.commands import choose_engine, load_config, make_parser, run_command
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.fidelity import align
 from dr2net_d2.plan_picture import draw_plan
 from dr2net_d2.planner import (
     ARMS,
@@ -36,7 +35,7 @@ from dr2net_d2.planner import (
     largest_fitting,
     pairs_of_schedule,
 )
-from dr2net_d2.reports import writable_folder, write_report
+from dr2net_d2.reports import markdown_table, writable_folder, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -117,9 +116,9 @@ def format_tables(results: dict[str, Any]) -> str:
         schedule.append([f"{row['alpha']:.4g}", f"{row['beta']:.4g}", _gb(row["peak"])])
     return (
         f"Peak of an iteration, {side} x {side} px, batch {batch}, {setting['objects']} objects "
-        f"an image, and its parts at that moment:\n{align(peaks)}\n\n"
-        f"What fits {budget:g} GB:\n{align(fitting)}\n\n"
-        f"dr2net over the schedule:\n{align(schedule)}\n\n"
+        f"an image, and its parts at that moment:\n{markdown_table(peaks)}\n\n"
+        f"What fits {budget:g} GB:\n{markdown_table(fitting)}\n\n"
+        f"dr2net over the schedule:\n{markdown_table(schedule)}\n\n"
         f"Assumed: {ASSUMED}.\nNot included: {NOT_INCLUDED}."
     )
 

@@ -1,36 +1,20 @@
 """projects/memory_benchmark without Detectron2: its file, its tables, its pictures."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from dr2net_d2.core.attention_kernels import KERNELS
 from dr2net_d2.errors import ConfigError
+from tests.projects import PROJECTS, load
 
-FOLDER = Path(__file__).parents[1] / "projects" / "memory_benchmark"
 SETTING = {"device": "x86_64", "cores": 2, "threads": 2, "python": "3.11", "torch": "2.14"}
-
-
-def load(monkeypatch, *names):
-    """Scripts of the folder, which import each other by their file names."""
-    monkeypatch.syspath_prepend(FOLDER)
-    for file in FOLDER.glob("*.py"):
-        monkeypatch.delitem(sys.modules, file.stem, raising=False)
-    modules = [importlib.import_module(name) for name in names]
-    for file in FOLDER.glob("*.py"):
-        # Set and deleted: forgotten again after the test.
-        if file.stem in sys.modules:
-            monkeypatch.setitem(sys.modules, file.stem, sys.modules.pop(file.stem))
-    return modules
 
 
 @pytest.fixture
 def scripts(monkeypatch):
-    return load(monkeypatch, "store", "report", "pictures")
+    return load(monkeypatch, "memory_benchmark", "store", "report", "pictures")
 
 
 def row(work, arm, saved, peak, seconds=(), **further):
@@ -97,7 +81,7 @@ def test_the_ladder_has_a_row_per_technique(scripts, folder):
 def test_the_projects_page_is_filled(scripts, folder):
     _, report, pictures = scripts
     page = folder / "README.md"
-    page.write_text((FOLDER / "README.md").read_text())
+    page.write_text((PROJECTS / "memory_benchmark" / "README.md").read_text())
     found = report.Measurements(folder)
     report.fill_report(page, found)
     text = page.read_text()
@@ -149,7 +133,7 @@ def test_every_row_is_written_at_once_and_a_failure_is_forgotten(scripts, tmp_pa
 
 
 def test_every_way_of_attention_is_measured_against_the_formula(monkeypatch, tmp_path):
-    (kernels,) = load(monkeypatch, "kernels")
+    (kernels,) = load(monkeypatch, "memory_benchmark", "kernels")
     device, shape = torch.device("cpu"), kernels.Shape("small", 2, 6)
     rows = kernels.measure(shape, device, torch.float32, rounds=2)
     assert [row["kernel"] for row in rows if row["chosen"]] == ["chunked"]
@@ -161,8 +145,8 @@ def test_every_way_of_attention_is_measured_against_the_formula(monkeypatch, tmp
     for key in ("peak_bytes", "chosen"):
         del content["rows"][-1][key]
     (tmp_path / "kernels-cpu.json").write_text(json.dumps(content))
-    (tmp_path / "README.md").write_text((FOLDER / "README.md").read_text())
-    kernels.fill_page(tmp_path)
+    (tmp_path / "README.md").write_text((PROJECTS / "memory_benchmark" / "README.md").read_text())
+    kernels.write_tables(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.count("| **chunked** |") == 1 and "1.00 x" in text
     assert "large, float32" in text and "out of memory" in text and "GPU: not measured." in text

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dr2net_d2.core import Dr2NetViT
-from dr2net_d2.fidelity import align, surroundings
+from dr2net_d2.fidelity import surroundings
 from dr2net_d2.gradients import measure
+from dr2net_d2.reports import markdown_table
 
 RESULTS = Path(__file__).parent / "limits.json"
 SEEDS = range(8)
@@ -65,7 +66,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [["factor of", *map(str, FACTORS)]]
     for name, pairs in found["errors"].items():
         lines.append([name, *(f"{exact:.1e} ({exact / plain:.2f})" for exact, plain in pairs)])
-    return align(lines)
+    return markdown_table(lines)
 
 
 def main() -> None:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from dr2net_d2.commands import load_config
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
 from dr2net_d2.data import load_coco, resolve_dataset
-from dr2net_d2.fidelity import align, build_vit, load_image, surroundings
+from dr2net_d2.fidelity import build_vit, load_image, surroundings
 from dr2net_d2.gradients import choose_reference, format_error, measure, schedule_pairs
 from dr2net_d2.pictures import draw_fidelity
+from dr2net_d2.reports import fill_page, markdown_table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -114,7 +115,7 @@ def error_table(rows: list[dict[str, Any]]) -> str:
         ]
         for a, b in GRID
     ]
-    return align([header, *lines])
+    return markdown_table([header, *lines])
 
 
 def saved_table(rows: list[dict[str, Any]]) -> str:
@@ -130,7 +131,7 @@ def saved_table(rows: list[dict[str, Any]]) -> str:
         ]
         for a, b in GRID
     ]
-    return align([header, *lines])
+    return markdown_table([header, *lines])
 
 
 def model_table(rows: list[dict[str, Any]]) -> str:
@@ -144,7 +145,7 @@ def model_table(rows: list[dict[str, Any]]) -> str:
                 first, last = (format_error(found[i]["gradient_error"]) for i in (0, -1))
                 sizes = (max(r[f"{key}_bytes"] for r in found) / 1e6 for key in ("saved", "peak"))
                 lines.append([name, arm, f"{first} → {last}", *(f"{s:.1f}" for s in sizes)])
-    return align(lines)
+    return markdown_table(lines)
 
 
 def property_table(found: dict[str, Any]) -> str:
@@ -156,7 +157,7 @@ def property_table(found: dict[str, Any]) -> str:
         [dtype, str(found["counts"][dtype]), *(f"{ratios[level]:.2f}" for level in levels)]
         for dtype, ratios in quantiles.items()
     ]
-    return align([header, *lines])
+    return markdown_table([header, *lines])
 
 
 def find(rows: list[dict[str, Any]], series: str, a: float, b: float, arm: str) -> dict[str, Any]:
@@ -165,16 +166,6 @@ def find(rows: list[dict[str, Any]], series: str, a: float, b: float, arm: str) 
         if (r["series"], r["alpha"], r["beta"], r["arm"]) == (series, a, b, arm)
     )  # fmt: skip
     return row
-
-
-def fill(readme: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between <!-- name --> and <!-- /name --> in the page."""
-    text = readme.read_text()
-    for name, table in tables.items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, rest = text.split(start)
-        text = f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
-    readme.write_text(text)
 
 
 def save(results: dict[str, Any]) -> None:
@@ -217,7 +208,7 @@ def main() -> None:
         "limits": limits_table(json.loads((HERE / "limits.json").read_text())),
         "time": time_table(json.loads((HERE / "step_time.json").read_text())),
     }
-    fill(HERE / "README.md", tables)
+    fill_page(HERE / "README.md", tables)
     for file, names in PICTURES.items():
         chosen = {name: [row for row in rows if row["series"] == name] for name in names}
         draw_fidelity(chosen, "float64", HERE / file)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from dr2net_d2.core import Dr2NetViT
-from dr2net_d2.fidelity import align, surroundings
+from dr2net_d2.fidelity import surroundings
+from dr2net_d2.reports import markdown_table
 
 RESULTS = Path(__file__).parent / "step_time.json"
 MODELS = {
@@ -87,7 +88,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         name = f"{row['model']}, {row['dtype']}, {row['hardware']}"
         ratios = [f"{exact / floating:.3f}", f"{exact / free - 1:+.1%}", f"{exact / plain:.2f}"]
         lines.append([name, f"{row['beta']:.4g}", *ratios])
-    return align(lines)
+    return markdown_table(lines)
 
 
 def main() -> None:

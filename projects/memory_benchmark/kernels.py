@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from report import HERE, NOT_MEASURED, fill, hardware
+from report import HERE, NOT_MEASURED, hardware
 from store import step_seconds
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from dr2net_d2.core.attention_kernels import KERNELS, choose_kernel
 from dr2net_d2.core.memory import count_saved_bytes, peak_tensor_bytes
-from dr2net_d2.fidelity import align, surroundings
+from dr2net_d2.fidelity import surroundings
+from dr2net_d2.reports import fill_page, markdown_table
 
 STOCK = "matrix"
 PARTS = ("forward_seconds", "backward_seconds")
@@ -202,14 +203,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['error']:.0e}",
             ]
         )
-    return align(lines)
+    return markdown_table(lines)
 
 
 def _three_digits(number: float) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def fill_page(folder: Path) -> None:
+def write_tables(folder: Path) -> None:
     """Write the tables of both devices into the folder's README.md."""
     tables = {}
     for file, device in (("kernels-cpu.json", "CPU"), ("kernels-cuda.json", "GPU")):
@@ -218,7 +219,7 @@ def fill_page(folder: Path) -> None:
             content = json.loads((folder / file).read_text())
             where = hardware(content["setting"], device)
             tables[f"kernels {device}"] = f"{where}.\n\n{table(content['rows'])}"
-    fill(folder / "README.md", tables)
+    fill_page(folder / "README.md", tables)
 
 
 def main() -> int:
@@ -238,7 +239,7 @@ def main() -> int:
         print(f"{shape.name}, {dtype}", flush=True)
         content["rows"] += measure(shape, device, dtype, args.rounds)
     (HERE / f"kernels-{args.device}.json").write_text(json.dumps(content, indent=1) + "\n")
-    fill_page(HERE)
+    write_tables(HERE)
     print(f"wrote kernels-{args.device}.json and the table in {HERE / 'README.md'}")
     return 0
 

@@ -17,8 +17,7 @@ from typing import Any
 from store import ARMS, LEAN_ARMS, MEASURED, Results, Work, step_seconds, turns
 
 from dr2net_d2.errors import UserError
-from dr2net_d2.fidelity import align
-from dr2net_d2.reports import fill_page
+from dr2net_d2.reports import fill_page, markdown_table
 
 HERE = Path(__file__).parent
 LADDER = Work("detector", "b", None, 1024, 1, "fp32", 20, 0)
@@ -59,7 +58,7 @@ def memory_table(device: Results, predicted: Results, works: Iterable[Work]) -> 
                 cell += f"<br>*predicted {_gigabytes(expected)}*"
             cells.append(cell)
         lines.append([str(work), *cells])
-    return align(lines)
+    return markdown_table(lines)
 
 
 def time_table(device: Results, works: Iterable[Work]) -> str:
@@ -69,7 +68,7 @@ def time_table(device: Results, works: Iterable[Work]) -> str:
         cells = [_time(device, work, arm) for arm in ARMS]
         if any(cell != NOT_MEASURED for cell in cells):
             lines.append([str(work), *cells])
-    return align(lines)
+    return markdown_table(lines)
 
 
 def ratio(device: Results, work: Work, arm: str, other: str) -> float | None:
@@ -93,7 +92,7 @@ def lean_table(measured: Results) -> str:
             else:
                 line += [f"{statistics.median(step_seconds(row)):.3g} s", f"{times:.2f} x"]
             lines.append(line)
-    return align(lines)
+    return markdown_table(lines)
 
 
 def ladder_table(found: Measurements) -> str:
@@ -121,7 +120,7 @@ def ladder_table(found: Measurements) -> str:
         expected = found.predicted.find(half, arm)
         lines.append([*line, _gigabytes(expected) if expected else "-"])
     return (
-        f"{align(lines)}\n\n"
+        f"{markdown_table(lines)}\n\n"
         "One training step of Mask R-CNN with ViTDet-B, batch 1, 1024 px, 20 objects; peak beyond "
         "weights and gradients. "
         f"CPU: {found.hardware('CPU')}. GPU: {found.hardware('GPU')}. Predictions are the memory "

@@ -22,15 +22,15 @@ import torch
 from arms import build_networks, gradients, load_config, make_inputs, take_step
 from measure import say
 from predictions import ask
-from report import HERE, NOT_MEASURED, Measurements, fill, ratio
+from report import HERE, NOT_MEASURED, Measurements, ratio
 from store import Work
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.memory import peak_tensor_bytes
 from dr2net_d2.errors import UserError
-from dr2net_d2.fidelity import align
 from dr2net_d2.planner import Prediction, pairs_of_schedule
+from dr2net_d2.reports import fill_page, markdown_table
 
 EXACT, CHECKPOINT = "dr2net-exact", "our-attention-checkpoint"
 CARD = 24e9
@@ -163,14 +163,14 @@ def targets_table(rows: list[Row]) -> str:
     words = {True: "yes", False: "**no**", None: "-"}
     lines = [["", "what", "found", "target", "met", "from"]]
     lines += [[str(r.number), r.what, r.found, r.target, words[r.met], r.how] for r in rows]
-    return align(lines)
+    return markdown_table(lines)
 
 
 def write(rows: list[Row], folder: Path) -> None:
     """targets.json, and the table in the folder's README.md."""
     content = {"torch": torch.__version__, "rows": [asdict(row) for row in rows]}
     (folder / "targets.json").write_text(json.dumps(content, indent=2) + "\n")
-    fill(folder / "README.md", {"targets": targets_table(rows)})
+    fill_page(folder / "README.md", {"targets": targets_table(rows)})
 
 
 MAKERS: dict[int, Callable[[], Iterator[Row]]] = {
