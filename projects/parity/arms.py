@@ -1,0 +1,226 @@
+"""What is compared: arms, each a few changes to parity.yaml, and the ablations of one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
+from dr2net_d2.core.fixed_point import StreamRange
+from dr2net_d2.gradients import checkpointed
+
+Pairs = Callable[[float], tuple[float, float]]
+"""progress in [0, 1] -> (alpha, beta)."""
+
+LORA_RANK = 8
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of finetuning the same pretrained ViT.
+
+    Attributes:
+        name: as in results.json.
+        label: as in tables and figures.
+        keys: changes to parity.yaml, below MODEL.DR2NET unless they start with another section.
+        backward: of ``dr2net_d2.gradients.ARMS``, whose gradient error is followed; "" for none.
+        equip: changes the ViT after the weights are loaded.
+        schedule: in place of the one that ``keys`` describe, where the package has none like it.
+        rate_of: the arm whose learning rate it takes over; "" tunes its own.
+        engine: "torchvision", or "detectron2", which takes neither ``equip`` nor ``schedule``.
+    """
+
+    name: str
+    label: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    backward: str = "exact"
+    equip: Callable[[Dr2NetViT], object] | None = None
+    schedule: Pairs | None = None
+    rate_of: str = ""
+    engine: str = "torchvision"
+
+    def overrides(self) -> list[str]:
+        """KEY VALUE words for the config."""
+        words: list[str] = []
+        for key, value in self.keys.items():
+            full = key if key.startswith("MODEL.") else f"MODEL.DR2NET.{key}"
+            words += [full, str(value)]
+        return words
+
+
+class LowRank(nn.Module):
+    """LoRA (Hu et al., arXiv 2106.09685): W + B A, B = 0 at first, A and B alone are trained."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.a = nn.Parameter(torch.empty(rank, columns))
+        self.b = nn.Parameter(torch.zeros(rows, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a
+
+
+def freeze(vit: Dr2NetViT) -> None:
+    vit.requires_grad_(False)
+
+
+def add_low_rank(vit: Dr2NetViT) -> None:
+    """Freeze the ViT, and give each linear layer of its blocks a trained low-rank part."""
+    vit.requires_grad_(False)
+    linears = [module for module in vit.blocks.modules() if isinstance(module, nn.Linear)]
+    for linear in linears:
+        register_parametrization(linear, "weight", LowRank(linear.weight, LORA_RANK))
+
+
+def checkpoint_blocks(vit: Dr2NetViT) -> None:
+    vars(vit.blocks)["forward"] = partial(checkpointed, vit.blocks)
+
+
+class FixedBits(StreamRange):
+    """A range that gives k fractional bits, whatever the streams' peak."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def exponent(self, dtype: torch.dtype) -> int:
+        return self.k
+
+
+def fix_bits(k: int, vit: Dr2NetViT) -> None:
+    vit.blocks.stream_range = FixedBits(k)
+
+
+def constant_pair(alpha: float, beta: float, progress: float) -> tuple[float, float]:
+    return alpha, beta
+
+
+def convex(beta: float) -> tuple[float, float]:
+    return 1 - beta, beta
+
+
+def after_rest(rest: float, progress: float) -> tuple[float, float]:
+    """Beta stays 0 for the first part of training, then the default schedule, later by that."""
+    if progress < rest:
+        return 1.0, 0.0
+    return CoefficientSchedule()((progress - rest) / (1 - rest))
+
+
+def cosine(progress: float) -> tuple[float, float]:
+    """The default's ends and duration, slow at both ends."""
+    default = CoefficientSchedule()
+    moved = min(progress / default.duration, 1.0)
+    return default(default.duration * (1 - math.cos(math.pi * moved)) / 2)
+
+
+def _schedule(kind: str, **keys: float) -> dict[str, Any]:
+    return {"SCHEDULE.KIND": kind} | {f"SCHEDULE.{k.upper()}": v for k, v in keys.items()}
+
+
+def _static(beta: float) -> dict[str, Any]:
+    return _schedule("constant", end_beta=beta)
+
+
+FLOAT = {"ARITHMETIC": "float"}
+CONVENTIONAL = {"REVERSIBLE": False, **FLOAT, **_static(0.0)}
+# What the authors' point-cloud code does: both halves start alike, their mean goes on.
+AUTHORS = {"FIRST_STATE": "copy", "OUTPUT": "mean"}
+ALTERNATING = {**AUTHORS, **_schedule("alternating", duration=0.5, updates=20)}
+SCRATCH = {"MODEL.WEIGHTS": "''"}
+
+ARMS = (
+    Arm("conventional", "conventional finetuning", CONVENTIONAL, "plain"),
+    Arm(
+        "checkpointing",
+        "the same with checkpointing",
+        CONVENTIONAL,
+        "checkpointing",
+        checkpoint_blocks,
+        rate_of="conventional",
+    ),
+    Arm("frozen", "frozen backbone", CONVENTIONAL, "", freeze),
+    Arm("lora", f"LoRA, rank {LORA_RANK}", CONVENTIONAL, "", add_low_rank),
+    Arm("hard-0.9", "hard conversion, β 0.9", {**FLOAT, **_static(0.9)}, "float reversible"),
+    Arm("hard-1", "hard conversion, β 1", {**FLOAT, **_static(1.0)}, "float reversible"),
+    Arm(
+        "static-float",
+        "static (1, 0.1), float",
+        {**FLOAT, **AUTHORS},
+        "float reversible",
+        schedule=partial(constant_pair, 1.0, 0.1),
+    ),
+    Arm("alternating-float", "alternating, float", {**FLOAT, **ALTERNATING}, "float reversible"),
+    Arm("alternating", "alternating, exact", ALTERNATING),
+    Arm("convex", "dynamic convex, exact (ours)"),
+    Arm("static-1/16", "static β 1/16, exact", _static(1 / 16)),
+    Arm("static-1/8", "static β 1/8, exact", _static(1 / 8)),
+    Arm("static-1/4", "static β 1/4, exact", _static(1 / 4)),
+    Arm("static-1/2", "static β 1/2, exact", _static(1 / 2)),
+    Arm("scratch", "conventional, from scratch", {**CONVENTIONAL, **SCRATCH}, "plain"),
+    Arm("scratch-reversible", "reversible β 1/2, from scratch", {**_static(1 / 2), **SCRATCH}),
+    Arm(
+        "conventional-detectron2",
+        "Detectron2's own ViTDet",
+        {"MODEL.BACKBONE.NAME": "build_vitdet_backbone"},
+        rate_of="conventional",
+        engine="detectron2",
+    ),
+    Arm(
+        "convex-detectron2",
+        "dynamic convex, exact (ours), Detectron2",
+        rate_of="convex",
+        engine="detectron2",
+    ),
+)
+
+
+def _variant(name: str, label: str, keys: Mapping[str, Any] | None = None, **others: Any) -> Arm:
+    """A change to the convex arm, at its learning rate."""
+    return Arm(f"convex/{name}", label, keys or {}, rate_of="convex", **others)
+
+
+ABLATIONS = {
+    "end of the schedule (α, β)": [
+        *(
+            _variant(f"end-{b}", f"({1 - b / 16:.3g}, {b / 16:.3g})", {"SCHEDULE.END_BETA": b / 16})
+            for b in (2, 4, 12, 14, 16)
+        ),
+    ],
+    "length of the schedule": [
+        _variant("duration-0", "0: β 1/2 at once", _static(1 / 2)),
+        *(
+            _variant(f"duration-{d}", f"{d:.0%} of training", {"SCHEDULE.DURATION": d})
+            for d in (0.05, 0.1, 0.25, 1.0)
+        ),
+    ],
+    "shape of the schedule": [
+        _variant("cosine", "cosine", schedule=cosine),
+        _variant("two-stages", "two stages", {"SCHEDULE.UPDATES": 2}),
+        _variant("rest-5%", "β 0 for the first 5 %", schedule=partial(after_rest, 0.05)),
+        _variant("rest-10%", "β 0 for the first 10 %", schedule=partial(after_rest, 0.1)),
+    ],
+    "first state, output": [
+        _variant("zero", "first state zero", {"FIRST_STATE": "zero"}),
+        _variant("mean", "mean of the last two", {"OUTPUT": "mean"}),
+    ],
+    # Without a gradient error: its measurement chooses k itself.
+    "fractional bits k": [
+        _variant(f"k-{k}", f"k = {k}", backward="", equip=partial(fix_bits, k))
+        for k in (12, 14, 16, 20, 23)
+    ],
+}
+"""Heading -> variants of the convex arm, which itself is the row "default" under each."""
+
+
+EVERYTHING = {arm.name: arm for arm in (*ARMS, *chain.from_iterable(ABLATIONS.values()))}
+"""Name -> arm or variant."""

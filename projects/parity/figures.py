@@ -1,0 +1,123 @@
+"""Pictures of results.jsonl and costs.json: accuracy against memory, learning curves, ablations."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import arms
+from finetune import FINISHED
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from report import CONVENTIONAL, OURS, final_rows
+from run import Row
+
+# Okabe and Ito's colours, which colour-blind readers tell apart too.
+COLOURS = {
+    CONVENTIONAL: "#000000",
+    "frozen": "#999999",
+    "lora": "#CC79A7",
+    "hard-1": "#E69F00",
+    "static-float": "#D55E00",
+    "alternating-float": "#F0C000",
+    "alternating": "#56B4E9",
+    OURS: "#0072B2",
+    "static-1/8": "#009E73",
+}
+"""The arms whose curves are drawn."""
+
+OTHERS = "#777777"
+
+
+def accuracies(rows: Sequence[Row], name: str) -> list[float]:
+    return [row["AP"] for row in final_rows(rows, name) if row["status"] == FINISHED]
+
+
+def draw_arms(rows: Sequence[Row], costs: dict[str, Any], file: Path) -> None:
+    """AP over peak memory, a point per arm with the standard deviation over seeds."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for arm in arms.ARMS:
+        found, cost = accuracies(rows, arm.name), costs["arms"].get(arm.name)
+        if not (found and cost):
+            continue
+        x, y = cost["peak_bytes"] / 1e6, statistics.mean(found)
+        colour = COLOURS.get(arm.name, OTHERS)
+        axes.errorbar(x, y, _deviation(found), fmt="o", color=colour, capsize=3, ms=6)
+        axes.annotate(
+            arm.label, (x, y), (6, 4), textcoords="offset points", fontsize=8, color=colour
+        )
+    _dress(axes, "peak memory of an iteration / MB", "AP / %")
+    axes.set_title("Accuracy and memory; mean and standard deviation over seeds")
+    figure.savefig(file, dpi=110)
+
+
+def draw_curves(rows: Sequence[Row], file: Path) -> None:
+    """Loss and AP over iterations, gradient error over training; means over seeds."""
+    figure = Figure(figsize=(14, 4.8), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for name, colour in COLOURS.items():
+        found = [row for row in final_rows(rows, name) if row["status"] == FINISHED]
+        style = {"color": colour, "label": arms.EVERYTHING[name].label}
+        for axes, key in zip(panels, ("loss", "curve"), strict=False):
+            points = _means(row[key] for row in found)
+            axes.plot(points.keys(), points.values(), "o-" if key == "curve" else "-", **style)
+        errors = _means(
+            [[progress, error] for progress, *_, error in row["gradient_error"] if error]
+            for row in found
+        )
+        panels[2].plot(errors.keys(), errors.values(), "o-", ms=3, **style)
+    _dress(panels[0], "iteration", "total loss")
+    _dress(panels[1], "iteration", "AP / %")
+    _dress(panels[2], "fraction of training", "relative gradient error of the ViT")
+    panels[2].set_yscale("log")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.savefig(file, dpi=110)
+
+
+def draw_ablations(rows: Sequence[Row], file: Path) -> None:
+    """AP of every variant, on the band of the default; a panel per question."""
+    default = accuracies(rows, OURS)
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    panels = list(figure.subplots(2, 3).flat)
+    for axes, (heading, variants) in zip(panels, arms.ABLATIONS.items(), strict=False):
+        if default:
+            middle, half = statistics.mean(default), _deviation(default)
+            axes.axvspan(middle - half, middle + half, color=COLOURS[OURS], alpha=0.15)
+            axes.axvline(middle, color=COLOURS[OURS], lw=1)
+        for height, variant in enumerate(variants):
+            found = accuracies(rows, variant.name)
+            if found:
+                axes.errorbar(
+                    statistics.mean(found), height, xerr=_deviation(found), fmt="ko", capsize=3
+                )
+        axes.set_yticks(range(len(variants)), [variant.label for variant in variants])
+        axes.invert_yaxis()
+        axes.set_title(heading)
+        _dress(axes, "AP / %", "")
+    for axes in panels[len(arms.ABLATIONS) :]:
+        axes.set_axis_off()
+    figure.suptitle("Variants of the default; blue: the default, mean ± standard deviation")
+    figure.savefig(file, dpi=110)
+
+
+def _means(series: Any) -> Mapping[float, float]:
+    """[[x, y], ...] of several runs -> the mean y of each x, in order."""
+    gathered: dict[float, list[float]] = {}
+    for points in series:
+        for x, y in points:
+            gathered.setdefault(x, []).append(y)
+    return {x: statistics.mean(values) for x, values in sorted(gathered.items())}
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _dress(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,152 @@
+"""Tables and pictures of results.jsonl and costs.json, into README.md here and that of the project.
+
+python projects/parity/report.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import arms
+from costs import COSTS
+from finetune import DIVERGED, FINAL, FINISHED, HERE
+from run import Row, read_results, tuned
+
+from dr2net_d2.reports import fill_page, markdown_table
+
+CONVENTIONAL, OURS = "conventional", "convex"
+TOP_LEVEL = (CONVENTIONAL, "checkpointing", "frozen", "lora", "hard-1", "static-float", OURS)
+"""The arms of the top-level page's table."""
+
+HEADER = ("", "learning rate", "AP", "of conventional", "AP50", "APs", "seeds")
+COST_HEADER = ("peak, MB", "step time", "gradient error, worst")
+
+
+def final_rows(rows: Iterable[Row], name: str) -> list[Row]:
+    """The final runs of an arm, by seed."""
+    found = [row for row in rows if row["stage"] == FINAL and row["arm"] == name]
+    return sorted(found, key=lambda row: row["seed"])
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several, standard deviation of a sample."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def differences(rows: Sequence[Row], reference: Sequence[Row]) -> list[float]:
+    """AP of each finished run beyond that of the reference with the same seed."""
+    others = {row["seed"]: row["AP"] for row in reference if row["status"] == FINISHED}
+    return [
+        row["AP"] - others[row["seed"]]
+        for row in rows
+        if row["status"] == FINISHED and row["seed"] in others
+    ]
+
+
+def accuracy(rows: Sequence[Row], reference: Sequence[Row]) -> list[str]:
+    """The cells of an arm from "learning rate" to "seeds"."""
+    if not rows:
+        return ["-", "not measured", *["-"] * 4]
+    finished = [row for row in rows if row["status"] == FINISHED]
+    ap, ap50, aps = (spread([row[key] for row in finished]) for key in ("AP", "AP50", "APs"))
+    if diverged := len(rows) - len(finished):
+        ap += f" ({diverged} of {len(rows)} diverged)"
+    delta = differences(rows, reference)
+    relative = f"{statistics.mean(delta):+.1f}" if delta else "-"
+    rates = sorted({row["rate"] for row in rows})
+    return [", ".join(f"{r:g}" for r in rates), ap, relative, ap50, aps, str(len(rows))]
+
+
+def worst_error(rows: Iterable[Row]) -> str:
+    """The largest gradient error that was met in training."""
+    met = [error for row in rows for *_, error in row["gradient_error"]]
+    if not met:
+        return "-"
+    return "not finite" if None in met else f"{max(met):.1e}"
+
+
+def cost_cells(costs: dict[str, Any], name: str) -> list[str]:
+    found = costs["arms"]
+    if name not in found:
+        return ["not measured"] * 2
+    seconds, reference = (
+        statistics.median(found[arm]["step_seconds"]) for arm in (name, CONVENTIONAL)
+    )
+    return [f"{found[name]['peak_bytes'] / 1e6:.0f}", f"{seconds / reference:.2f} x"]
+
+
+def arm_table(rows: Sequence[Row], costs: dict[str, Any], names: Iterable[str]) -> str:
+    """A row per arm: accuracy over seeds, memory, time, gradient error."""
+    reference = final_rows(rows, CONVENTIONAL)
+    lines = [[*HEADER, *COST_HEADER]]
+    for name in names:
+        found = final_rows(rows, name)
+        cells = [*accuracy(found, reference), *cost_cells(costs, name), worst_error(found)]
+        lines.append([arms.EVERYTHING[name].label, *cells])
+    return markdown_table(lines)
+
+
+def ablation_table(rows: Sequence[Row], variants: Iterable[arms.Arm]) -> str:
+    """The default and its variants, each beside conventional finetuning."""
+    reference = final_rows(rows, CONVENTIONAL)
+    lines = [list(HEADER)]
+    for label, name in (("default", OURS), *((v.label, v.name) for v in variants)):
+        lines.append([label, *accuracy(final_rows(rows, name), reference)])
+    return markdown_table(lines)
+
+
+def tuning_table(rows: Sequence[Row]) -> str:
+    """AP of every tuning run: arms by learning rates."""
+    found = {arm: tuned(rows, arm) for arm in arms.ARMS if not arm.rate_of}
+    rates = sorted(set().union(*found.values()))
+    lines = [["", *(f"{rate:g}" for rate in rates)]]
+    for arm, by_rate in found.items():
+        cells = (by_rate.get(rate) for rate in rates)
+        shown = ("-" if ap is None else DIVERGED if ap < 0 else f"{ap:.1f}" for ap in cells)
+        lines.append([arm.label, *shown])
+    return markdown_table(lines)
+
+
+def setting_line(rows: Sequence[Row], costs: dict[str, Any]) -> str:
+    machines = sorted({f"{row['processor']}, torch {row['torch']}" for row in rows})
+    found = costs["setting"]
+    return (
+        f"Trainings: CPU, one thread each, {'; '.join(machines)}. Memory and time: "
+        f"{found['processor']}, {found['threads']} thread, torch {found['torch']}."
+    )
+
+
+def tables(rows: Sequence[Row], costs: dict[str, Any]) -> dict[str, str]:
+    """Marker -> what stands there in this project's page."""
+    return {
+        "arms": arm_table(rows, costs, [arm.name for arm in arms.ARMS]),
+        "tuning": tuning_table(rows),
+        "setting": setting_line(rows, costs),
+        **{name: ablation_table(rows, variants) for name, variants in arms.ABLATIONS.items()},
+    }
+
+
+def top_level(rows: Sequence[Row], costs: dict[str, Any]) -> str:
+    """The table of the top-level page."""
+    return f"{arm_table(rows, costs, TOP_LEVEL)}\n\n{setting_line(rows, costs)}"
+
+
+def main() -> None:
+    rows, costs = read_results(), json.loads(COSTS.read_text())
+    fill_page(HERE / "README.md", tables(rows, costs))
+    fill_page(HERE.parents[1] / "README.md", {"accuracy": top_level(rows, costs)})
+    from figures import draw_ablations, draw_arms, draw_curves  # matplotlib is slow to import
+
+    draw_arms(rows, costs, HERE / "arms.png")
+    draw_curves(rows, HERE / "curves.png")
+    draw_ablations(rows, HERE / "ablations.png")
+
+
+if __name__ == "__main__":
+    main()
