@@ -29,6 +29,8 @@ COLOURS = {
 """The arms whose curves are drawn."""
 
 OTHERS = "#777777"
+LABEL_HEIGHT = 0.55
+"""Of a line of text, in AP."""
 
 
 def accuracies(rows: Sequence[Row], name: str) -> list[float]:
@@ -37,18 +39,24 @@ def accuracies(rows: Sequence[Row], name: str) -> list[float]:
 
 def draw_arms(rows: Sequence[Row], costs: dict[str, Any], file: Path) -> None:
     """AP over peak memory, a point per arm with the standard deviation over seeds."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots()
-    for arm in arms.ARMS:
-        found, cost = accuracies(rows, arm.name), costs["arms"].get(arm.name)
-        if not (found and cost):
-            continue
-        x, y = cost["peak_bytes"] / 1e6, statistics.mean(found)
+    lowest_free = -1.0
+    shown = [arm for arm in arms.ARMS if accuracies(rows, arm.name) and arm.name in costs["arms"]]
+    for arm in sorted(shown, key=lambda arm: statistics.mean(accuracies(rows, arm.name))):
+        found = accuracies(rows, arm.name)
+        x, y = costs["arms"][arm.name]["peak_bytes"] / 1e6, statistics.mean(found)
         colour = COLOURS.get(arm.name, OTHERS)
         axes.errorbar(x, y, _deviation(found), fmt="o", color=colour, capsize=3, ms=6)
+        # Labels one above the other, however close the points are.
+        height = max(y, lowest_free)
+        lowest_free = height + LABEL_HEIGHT
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.6}
         axes.annotate(
-            arm.label, (x, y), (6, 4), textcoords="offset points", fontsize=8, color=colour
-        )
+            arm.label, (x, y), (x + 5, height), fontsize=8, color=colour, va="center",
+            arrowprops=line,
+        )  # fmt: skip
+    axes.margins(x=0.25)
     _dress(axes, "peak memory of an iteration / MB", "AP / %")
     axes.set_title("Accuracy and memory; mean and standard deviation over seeds")
     figure.savefig(file, dpi=110)
@@ -60,6 +68,8 @@ def draw_curves(rows: Sequence[Row], file: Path) -> None:
     panels = figure.subplots(1, 3)
     for name, colour in COLOURS.items():
         found = [row for row in final_rows(rows, name) if row["status"] == FINISHED]
+        if not found:
+            continue
         style = {"color": colour, "label": arms.EVERYTHING[name].label}
         for axes, key in zip(panels, ("loss", "curve"), strict=False):
             points = _means(row[key] for row in found)

@@ -18,7 +18,7 @@ from run import Row, read_results, tuned
 from dr2net_d2.reports import fill_page, markdown_table
 
 CONVENTIONAL, OURS = "conventional", "convex"
-TOP_LEVEL = (CONVENTIONAL, "checkpointing", "frozen", "lora", "hard-1", "static-float", OURS)
+TOP_LEVEL = (CONVENTIONAL, "hard-1", "static-float", "alternating", OURS, "static-1/2")
 """The arms of the top-level page's table."""
 
 HEADER = ("", "learning rate", "AP", "of conventional", "AP50", "APs", "seeds")
@@ -103,13 +103,13 @@ def ablation_table(rows: Sequence[Row], variants: Iterable[arms.Arm]) -> str:
 
 def tuning_table(rows: Sequence[Row]) -> str:
     """AP of every tuning run: arms by learning rates."""
-    found = {arm: tuned(rows, arm) for arm in arms.ARMS if not arm.rate_of}
+    found = {arm.label: tuned(rows, arm) for arm in arms.ARMS if not arm.rate_of}
     rates = sorted(set().union(*found.values()))
     lines = [["", *(f"{rate:g}" for rate in rates)]]
-    for arm, by_rate in found.items():
+    for label, by_rate in found.items():
         cells = (by_rate.get(rate) for rate in rates)
         shown = ("-" if ap is None else DIVERGED if ap < 0 else f"{ap:.1f}" for ap in cells)
-        lines.append([arm.label, *shown])
+        lines.append([label, *shown])
     return markdown_table(lines)
 
 
