@@ -85,7 +85,9 @@ def finetune(run: Run, extra: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _series(rows: list[dict[str, Any]], name: str) -> list[list[float]]:
-    return [[row["iteration"] + 1, round(row[name], 3)] for row in rows if name in row]
+    # Detectron2 writes the last evaluation an iteration late.
+    last = max((row["iteration"] for row in rows if "total_loss" in row), default=0)
+    return [[min(row["iteration"], last) + 1, round(row[name], 3)] for row in rows if name in row]
 
 
 def _words(run: Run, folder: str) -> list[str]:

@@ -202,14 +202,15 @@ def test_readers_of_a_shared_cast_add_their_gradients_in_float32():
 @pytest.mark.parametrize("low", [True, False])
 @pytest.mark.parametrize("activation", [None, nn.GELU()])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("piece", [1, 200, 10**6])
+@pytest.mark.parametrize("piece", [1, 1200, 10**6])
 @pytest.mark.parametrize("frozen", ["", "weight", "x"])
 def test_a_norm_in_pieces(monkeypatch, frozen, piece, precision, activation, low):
     monkeypatch.setattr("dr2net_d2.core.lean._PIECE", piece)
-    norm = ChannelLayerNorm(8)
+    # A row is whole vectors: their remainder a CPU may round in another way.
+    norm = ChannelLayerNorm(64)
     nn.init.normal_(norm.weight)
     norm.weight.requires_grad_(frozen != "weight")
-    x = torch.randn(2, 8, 5, 3).requires_grad_(frozen != "x")
+    x = torch.randn(2, 64, 5, 4).requires_grad_(frozen != "x")
 
     def plain(_, y):
         y = norm(y)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.d2.tiny import tiny_cfg
-from tests.test_memory_benchmark import load
+from tests.projects import load
 
 CPU = torch.device("cpu")
 ARMS = ("stock", "stock-checkpoint", "our-attention-checkpoint", "frozen", "dr2net-exact")
@@ -12,7 +12,7 @@ ARMS = ("stock", "stock-checkpoint", "our-attention-checkpoint", "frozen", "dr2n
 
 @pytest.fixture
 def scripts(monkeypatch):
-    return load(monkeypatch, "store", "arms", "measure")
+    return load(monkeypatch, "memory_benchmark", "store", "arms", "measure")
 
 
 @pytest.fixture
