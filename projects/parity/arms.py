@@ -28,7 +28,7 @@ class Arm:
     """One way of finetuning the same pretrained ViT.
 
     Attributes:
-        name: as in results.json.
+        name: as in results.jsonl.
         label: as in tables and figures.
         keys: changes to parity.yaml, below MODEL.DR2NET unless they start with another section.
         backward: of ``dr2net_d2.gradients.ARMS``, whose gradient error is followed; "" for none.
@@ -103,10 +103,6 @@ def fix_bits(k: int, vit: Dr2NetViT) -> None:
 
 def constant_pair(alpha: float, beta: float, progress: float) -> tuple[float, float]:
     return alpha, beta
-
-
-def convex(beta: float) -> tuple[float, float]:
-    return 1 - beta, beta
 
 
 def after_rest(rest: float, progress: float) -> tuple[float, float]:

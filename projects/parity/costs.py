@@ -36,7 +36,7 @@ class Iteration:
     """One iteration of an arm, forward and backward, again and again on the same images."""
 
     def __init__(self, arm: arms.Arm) -> None:
-        self.training, self.vit, _ = prepare(arm, [], seed=1)
+        self.training = prepare(arm, [], seed=1).training
         cfg, self.model = self.training.cfg, self.training.model.train()
         sides = (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN)
         stream = TrainingStream(self.training.records, *sides, False, cfg.INPUT.FORMAT, seed=1)
