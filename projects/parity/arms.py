@@ -134,6 +134,8 @@ AUTHORS = {"FIRST_STATE": "copy", "OUTPUT": "mean"}
 ALTERNATING = {**AUTHORS, **_schedule("alternating", duration=0.5, updates=20)}
 SCRATCH = {"MODEL.WEIGHTS": "''"}
 
+STATIC_HALF = Arm("static-1/2", "static β 1/2, exact", _static(1 / 2))
+
 ARMS = (
     Arm("conventional", "conventional finetuning", CONVENTIONAL, "plain"),
     Arm(
@@ -161,7 +163,7 @@ ARMS = (
     Arm("static-1/16", "static β 1/16, exact", _static(1 / 16)),
     Arm("static-1/8", "static β 1/8, exact", _static(1 / 8)),
     Arm("static-1/4", "static β 1/4, exact", _static(1 / 4)),
-    Arm("static-1/2", "static β 1/2, exact", _static(1 / 2)),
+    STATIC_HALF,
     Arm("scratch", "conventional, from scratch", {**CONVENTIONAL, **SCRATCH}, "plain"),
     Arm("scratch-reversible", "reversible β 1/2, from scratch", {**_static(1 / 2), **SCRATCH}),
     Arm(
@@ -193,7 +195,7 @@ ABLATIONS = {
         ),
     ],
     "length of the schedule": [
-        _variant("duration-0", "0: β 1/2 at once", _static(1 / 2)),
+        STATIC_HALF,  # no length at all
         *(
             _variant(f"duration-{d}", f"{d:.0%} of training", {"SCHEDULE.DURATION": d})
             for d in (0.05, 0.1, 0.25, 1.0)
@@ -201,7 +203,9 @@ ABLATIONS = {
     ],
     "shape of the schedule": [
         _variant("cosine", "cosine", schedule=cosine),
+        # As an update per epoch makes of a training of 4 and of 20 epochs.
         _variant("two-stages", "two stages", {"SCHEDULE.UPDATES": 2}),
+        _variant("ten-stages", "ten stages", {"SCHEDULE.UPDATES": 10}),
         _variant("rest-5%", "β 0 for the first 5 %", schedule=partial(after_rest, 0.05)),
         _variant("rest-10%", "β 0 for the first 10 %", schedule=partial(after_rest, 0.1)),
     ],
