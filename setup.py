@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "dr2net_d2" / "__init__.py").read_text())[1]
+# scikit-image for the photographs of projects/parity.
+TEST = ["hypothesis>=6", "pytest>=8", "scikit-image>=0.22", "timm>=1.0"]
 
 setup(
     name="dr2net_d2",
@@ -32,8 +34,8 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
-        "test": ["hypothesis>=6", "pytest>=8", "timm>=1.0"],
-        "dev": ["hypothesis>=6", "pytest>=8", "timm>=1.0", "ruff>=0.12", "mypy>=1.16"],
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.12", "mypy>=1.16"],
         # Not on the package index: install it by its own guide first.
         "detectron2": ["detectron2", "timm>=1.0"],
     },

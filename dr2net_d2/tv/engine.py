@@ -55,9 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         test = test_splits[0] if test_splits else None
         seed = cfg.SEED if cfg.SEED >= 0 else secrets.randbelow(2**31)
         logger.info("seed %d", seed)
-        for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
-            seed_generator(seed)
-        model = build_model(cfg).to(device)
+        model = build_seeded_model(cfg, seed).to(device)
         if args.eval_only:
             assert test is not None
             _load_for_evaluation(cfg, model, args.resume)
@@ -77,6 +75,13 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
                 output_dir / "predictions.png",
             )
         return metrics
+
+
+def build_seeded_model(cfg: CfgNode, seed: int) -> nn.Module:
+    """The config's detector, random weights, with all random generators set to the seed."""
+    for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
+        seed_generator(seed)
+    return build_model(cfg)
 
 
 def _device(cfg: CfgNode, num_gpus: int) -> torch.device:

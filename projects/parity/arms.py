@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -30,7 +30,7 @@ class Arm:
     Attributes:
         name: as in results.jsonl.
         label: as in tables and figures.
-        keys: changes to parity.yaml, below MODEL.DR2NET unless they start with another section.
+        keys: changes to parity.yaml; below MODEL.DR2NET unless MODEL or DATASETS stands before.
         backward: of ``dr2net_d2.gradients.ARMS``, whose gradient error is followed; "" for none.
         equip: changes the ViT after the weights are loaded.
         schedule: in place of the one that ``keys`` describe, where the package has none like it.
@@ -51,7 +51,7 @@ class Arm:
         """KEY VALUE words for the config."""
         words: list[str] = []
         for key, value in self.keys.items():
-            full = key if key.startswith("MODEL.") else f"MODEL.DR2NET.{key}"
+            full = key if key.startswith(("MODEL.", "DATASETS.")) else f"MODEL.DR2NET.{key}"
             words += [full, str(value)]
         return words
 
@@ -221,6 +221,30 @@ ABLATIONS = {
 }
 """Heading -> variants of the convex arm, which itself is the row "default" under each."""
 
+SHAPES_KEYS = {
+    "DATASETS.TRAIN": "('photo_shapes_train',)",
+    "DATASETS.TEST": "('photo_shapes_val',)",
+    "MODEL.ROI_HEADS.NUM_CLASSES": 5,
+}
+SHAPES_ARMS = (
+    "conventional",
+    "frozen",
+    "lora",
+    "hard-1",
+    "static-float",
+    "alternating",
+    "convex",
+    "static-1/2",
+    "scratch",
+)
 
-EVERYTHING = {arm.name: arm for arm in (*ARMS, *chain.from_iterable(ABLATIONS.values()))}
+
+def _on_shapes(arm: Arm) -> Arm:
+    return replace(arm, name=f"shapes/{arm.name}", keys={**arm.keys, **SHAPES_KEYS})
+
+
+SHAPES = tuple(_on_shapes(arm) for arm in ARMS if arm.name in SHAPES_ARMS)
+"""The second task; none of these takes over another's learning rate."""
+
+EVERYTHING = {arm.name: arm for arm in (*ARMS, *chain.from_iterable(ABLATIONS.values()), *SHAPES)}
 """Name -> arm or variant."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import random
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import arms
-import numpy as np
-import torch
+import photo_shapes
 from torch import Tensor
 
 from dr2net_d2.checkpointer import StrictCheckpointer
@@ -22,7 +20,7 @@ from dr2net_d2.gradients import measure
 from dr2net_d2.pictures import read_metrics
 from dr2net_d2.tv.config import check_config
 from dr2net_d2.tv.dataset import Split, load_image, load_split
-from dr2net_d2.tv.model import build_model
+from dr2net_d2.tv.engine import build_seeded_model
 from dr2net_d2.tv.training import Training
 
 HERE = Path(__file__).parent
@@ -91,7 +89,7 @@ def _series(rows: list[dict[str, Any]], name: str) -> list[list[float]]:
 
 
 def _words(run: Run, folder: str) -> list[str]:
-    cfg = load_config(str(CONFIG), [], "torchvision")
+    cfg = load_config(str(CONFIG), arms.EVERYTHING[run.arm].overrides(), "torchvision")
     words = ["SOLVER.BASE_LR", str(run.rate), "SEED", str(run.seed), "OUTPUT_DIR", folder]
     if run.stage == TUNING:
         test = tuple(name + TUNING_CANVASES for name in cfg.DATASETS.TEST)
@@ -113,14 +111,13 @@ def prepare(arm: arms.Arm, words: list[str], seed: int) -> Prepared:
     check_config(cfg)
     weights, cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS, ""
     cfg.freeze()
-    for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
-        seed_generator(seed)
-    model = build_model(cfg)
+    model = build_seeded_model(cfg, seed)
     # Before the arm's changes, which give parameters other names.
     StrictCheckpointer(model).load(weights)
     vit = model.backbone.net
     if arm.equip is not None:
         arm.equip(vit)
+    photo_shapes.provide((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     (train,) = map(load_split, cfg.DATASETS.TRAIN)
     (test,) = map(load_split, cfg.DATASETS.TEST)
     training = Training(cfg, model, train.content.records, seed, resume=False)

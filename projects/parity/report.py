@@ -31,11 +31,11 @@ def final_rows(rows: Iterable[Row], name: str) -> list[Row]:
     return sorted(found, key=lambda row: row["seed"])
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and, of several, standard deviation of a sample."""
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and, of several, standard deviation of a sample; ``sign`` "+" shows a plus."""
     if not values:
         return "-"
-    mean = f"{statistics.mean(values):.1f}"
+    mean = f"{statistics.mean(values):{sign}.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
@@ -50,7 +50,7 @@ def differences(rows: Sequence[Row], reference: Sequence[Row]) -> list[float]:
 
 
 def accuracy(rows: Sequence[Row], reference: Sequence[Row]) -> list[str]:
-    """The cells of an arm from "learning rate" to "seeds"."""
+    """The cells below HEADER, but for the arm's label."""
     if not rows:
         return ["-", "not measured", *["-"] * 4]
     finished = [row for row in rows if row["status"] == FINISHED]
@@ -58,7 +58,7 @@ def accuracy(rows: Sequence[Row], reference: Sequence[Row]) -> list[str]:
     if diverged := len(rows) - len(finished):
         ap += f" ({diverged} of {len(rows)} diverged)"
     delta = differences(rows, reference)
-    relative = f"{statistics.mean(delta):+.1f}" if delta else "-"
+    relative = spread(delta, sign="+")
     rates = sorted({row["rate"] for row in rows})
     return [", ".join(f"{r:g}" for r in rates), ap, relative, ap50, aps, str(len(rows))]
 
@@ -92,18 +92,16 @@ def arm_table(rows: Sequence[Row], costs: dict[str, Any], names: Iterable[str]) 
     return markdown_table(lines)
 
 
-def ablation_table(rows: Sequence[Row], variants: Iterable[arms.Arm]) -> str:
-    """The default and its variants, each beside conventional finetuning."""
-    reference = final_rows(rows, CONVENTIONAL)
-    lines = [list(HEADER)]
-    for label, name in (("default", OURS), *((v.label, v.name) for v in variants)):
-        lines.append([label, *accuracy(final_rows(rows, name), reference)])
-    return markdown_table(lines)
+def accuracy_table(rows: Sequence[Row], shown: Iterable[tuple[str, str]], reference: str) -> str:
+    """A row per (label, name), each beside the arm ``reference``."""
+    others = final_rows(rows, reference)
+    lines = [[label, *accuracy(final_rows(rows, name), others)] for label, name in shown]
+    return markdown_table([list(HEADER), *lines])
 
 
-def tuning_table(rows: Sequence[Row]) -> str:
+def tuning_table(rows: Sequence[Row], shown: Iterable[arms.Arm]) -> str:
     """AP of every tuning run: arms by learning rates."""
-    found = {arm.label: tuned(rows, arm) for arm in arms.ARMS if not arm.rate_of}
+    found = {arm.label: tuned(rows, arm) for arm in shown if not arm.rate_of}
     rates = sorted(set().union(*found.values()))
     lines = [["", *(f"{rate:g}" for rate in rates)]]
     for label, by_rate in found.items():
@@ -124,11 +122,20 @@ def setting_line(rows: Sequence[Row], costs: dict[str, Any]) -> str:
 
 def tables(rows: Sequence[Row], costs: dict[str, Any]) -> dict[str, str]:
     """Marker -> what stands there in this project's page."""
+    shapes = [(arm.label, arm.name) for arm in arms.SHAPES]
+    ablations = {
+        heading: accuracy_table(
+            rows, [("default", OURS), *((v.label, v.name) for v in variants)], CONVENTIONAL
+        )
+        for heading, variants in arms.ABLATIONS.items()
+    }
     return {
         "arms": arm_table(rows, costs, [arm.name for arm in arms.ARMS]),
-        "tuning": tuning_table(rows),
+        "tuning": tuning_table(rows, arms.ARMS),
+        "shapes": accuracy_table(rows, shapes, arms.SHAPES[0].name),
+        "shapes tuning": tuning_table(rows, arms.SHAPES),
         "setting": setting_line(rows, costs),
-        **{name: ablation_table(rows, variants) for name, variants in arms.ABLATIONS.items()},
+        **ablations,
     }
 
 
