@@ -225,7 +225,8 @@ def test_tables_and_pictures_by_hand(scripts, tmp_path):
     figures.draw_arms(rows, costs, tmp_path / "arms.png")
     figures.draw_curves(rows, tmp_path / "curves.png")
     figures.draw_ablations(rows, tmp_path / "ablations.png")
-    assert all((tmp_path / f"{n}.png").stat().st_size for n in ("arms", "curves", "ablations"))
+    figures.draw_tasks(rows, tmp_path / "tasks.png")
+    assert len(list(tmp_path.glob("*.png"))) == 4
 
 
 def test_the_page_is_that_of_the_committed_results(scripts, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ import arms
 from finetune import FINISHED
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from report import CONVENTIONAL, OURS, final_rows
+from report import CONVENTIONAL, OURS, differences, final_rows
 from run import Row
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
@@ -24,9 +24,15 @@ COLOURS = {
     "alternating-float": "#F0C000",
     "alternating": "#56B4E9",
     OURS: "#0072B2",
-    "static-1/8": "#009E73",
+    "static-1/2": "#009E73",
 }
 """The arms whose curves are drawn."""
+
+FAR_BELOW = ("scratch", "scratch-reversible")
+"""Arms that are left out where they would press the others together."""
+
+TASKS = ((-0.12, "#0072B2", "SmallDigits", ""), (0.12, "#D55E00", "PhotoShapes", "shapes/"))
+"""Of the picture of both: shift on the page, colour, label, what names of arms begin with."""
 
 OTHERS = "#777777"
 LABEL_HEIGHT = 0.55
@@ -42,7 +48,11 @@ def draw_arms(rows: Sequence[Row], costs: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots()
     lowest_free = -1.0
-    shown = [arm for arm in arms.ARMS if accuracies(rows, arm.name) and arm.name in costs["arms"]]
+    shown = [
+        arm
+        for arm in arms.ARMS
+        if accuracies(rows, arm.name) and arm.name in costs["arms"] and arm.name not in FAR_BELOW
+    ]
     for arm in sorted(shown, key=lambda arm: statistics.mean(accuracies(rows, arm.name))):
         found = accuracies(rows, arm.name)
         x, y = costs["arms"][arm.name]["peak_bytes"] / 1e6, statistics.mean(found)
@@ -110,6 +120,32 @@ def draw_ablations(rows: Sequence[Row], file: Path) -> None:
     for axes in panels[len(arms.ABLATIONS) :]:
         axes.set_axis_off()
     figure.suptitle("Variants of the default; blue: the default, mean ± standard deviation")
+    figure.savefig(file, dpi=110)
+
+
+def draw_tasks(rows: Sequence[Row], file: Path) -> None:
+    """AP beyond conventional finetuning with the same seed, on both tasks; a line per arm."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    shown = [n for n in arms.SHAPES_ARMS if n != CONVENTIONAL and n not in FAR_BELOW]
+    for shift, colour, task, prefix in TASKS:
+        reference = final_rows(rows, prefix + CONVENTIONAL)
+        found = [differences(final_rows(rows, prefix + name), reference) for name in shown]
+        points = [(height + shift, delta) for height, delta in enumerate(found) if delta]
+        axes.errorbar(
+            [statistics.mean(delta) for _, delta in points],
+            [height for height, _ in points],
+            xerr=[_deviation(delta) for _, delta in points],
+            fmt="o",
+            color=colour,
+            capsize=3,
+            label=task,
+        )
+    axes.axvline(0, color=COLOURS[CONVENTIONAL], lw=1)
+    axes.set_yticks(range(len(shown)), [arms.EVERYTHING[name].label for name in shown])
+    axes.invert_yaxis()
+    axes.legend()
+    _dress(axes, "AP beyond conventional finetuning with the same seed", "")
     figure.savefig(file, dpi=110)
 
 

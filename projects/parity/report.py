@@ -148,11 +148,12 @@ def main() -> None:
     rows, costs = read_results(), json.loads(COSTS.read_text())
     fill_page(HERE / "README.md", tables(rows, costs))
     fill_page(HERE.parents[1] / "README.md", {"accuracy": top_level(rows, costs)})
-    from figures import draw_ablations, draw_arms, draw_curves  # matplotlib is slow to import
+    from figures import draw_ablations, draw_arms, draw_curves, draw_tasks  # slow to import
 
     draw_arms(rows, costs, HERE / "arms.png")
     draw_curves(rows, HERE / "curves.png")
     draw_ablations(rows, HERE / "ablations.png")
+    draw_tasks(rows, HERE / "tasks.png")
 
 
 if __name__ == "__main__":
