@@ -229,6 +229,12 @@ def test_tables_and_pictures_by_hand(scripts, tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
+def test_labels_move_apart_about_where_they_belong(scripts):
+    *_, figures = scripts
+    assert figures.spread_labels([1.0, 1.0, 1.0, 9.0], 2.0) == pytest.approx([-1, 1, 3, 9])
+    assert figures.spread_labels([1.0, 2.0], 0.5) == pytest.approx([1, 2])
+
+
 def test_the_page_is_that_of_the_committed_results(scripts, monkeypatch, tmp_path):
     *_, report, _ = scripts
     pages = [PROJECTS / "parity" / "README.md", PROJECTS.parent / "README.md"]

@@ -140,7 +140,7 @@ ARMS = (
     Arm("conventional", "conventional finetuning", CONVENTIONAL, "plain"),
     Arm(
         "checkpointing",
-        "the same with checkpointing",
+        "conventional, checkpointing",
         CONVENTIONAL,
         "checkpointing",
         checkpoint_blocks,
@@ -197,7 +197,7 @@ ABLATIONS = {
     "length of the schedule": [
         STATIC_HALF,  # no length at all
         *(
-            _variant(f"duration-{d}", f"{d:.0%} of training", {"SCHEDULE.DURATION": d})
+            _variant(f"duration-{d}", f"β 1/2 after {100 * d:g} %", {"SCHEDULE.DURATION": d})
             for d in (0.05, 0.1, 0.25, 1.0)
         ),
     ],
@@ -234,17 +234,20 @@ SHAPES_ARMS = (
     "static-float",
     "alternating",
     "convex",
+    "convex/duration-0.1",
     "static-1/2",
     "scratch",
 )
 
 
 def _on_shapes(arm: Arm) -> Arm:
-    return replace(arm, name=f"shapes/{arm.name}", keys={**arm.keys, **SHAPES_KEYS})
+    keys = {**arm.keys, **SHAPES_KEYS}
+    return replace(arm, name=f"shapes/{arm.name}", keys=keys, rate_of="")
 
 
-SHAPES = tuple(_on_shapes(arm) for arm in ARMS if arm.name in SHAPES_ARMS)
-"""The second task; none of these takes over another's learning rate."""
+_DIGITS = {arm.name: arm for arm in (*ARMS, *chain.from_iterable(ABLATIONS.values()))}
+SHAPES = tuple(_on_shapes(_DIGITS[name]) for name in SHAPES_ARMS)
+"""The second task, each with a learning rate of its own."""
 
-EVERYTHING = {arm.name: arm for arm in (*ARMS, *chain.from_iterable(ABLATIONS.values()), *SHAPES)}
+EVERYTHING = _DIGITS | {arm.name: arm for arm in SHAPES}
 """Name -> arm or variant."""

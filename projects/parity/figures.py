@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import arms
+import numpy as np
 from finetune import FINISHED
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from report import CONVENTIONAL, OURS, differences, final_rows
 from run import Row
+from sklearn.isotonic import IsotonicRegression
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 COLOURS = {
@@ -47,20 +49,18 @@ def draw_arms(rows: Sequence[Row], costs: dict[str, Any], file: Path) -> None:
     """AP over peak memory, a point per arm with the standard deviation over seeds."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots()
-    lowest_free = -1.0
     shown = [
         arm
         for arm in arms.ARMS
         if accuracies(rows, arm.name) and arm.name in costs["arms"] and arm.name not in FAR_BELOW
     ]
-    for arm in sorted(shown, key=lambda arm: statistics.mean(accuracies(rows, arm.name))):
-        found = accuracies(rows, arm.name)
-        x, y = costs["arms"][arm.name]["peak_bytes"] / 1e6, statistics.mean(found)
+    shown.sort(key=lambda arm: statistics.mean(accuracies(rows, arm.name)))
+    means = [statistics.mean(accuracies(rows, arm.name)) for arm in shown]
+    for arm, y, height in zip(shown, means, spread_labels(means, LABEL_HEIGHT), strict=True):
+        x = costs["arms"][arm.name]["peak_bytes"] / 1e6
         colour = COLOURS.get(arm.name, OTHERS)
-        axes.errorbar(x, y, _deviation(found), fmt="o", color=colour, capsize=3, ms=6)
-        # Labels one above the other, however close the points are.
-        height = max(y, lowest_free)
-        lowest_free = height + LABEL_HEIGHT
+        deviation = _deviation(accuracies(rows, arm.name))
+        axes.errorbar(x, y, deviation, fmt="o", color=colour, capsize=3, ms=6)
         line = {"arrowstyle": "-", "color": colour, "lw": 0.6}
         axes.annotate(
             arm.label, (x, y), (x + 5, height), fontsize=8, color=colour, va="center",
@@ -70,6 +70,15 @@ def draw_arms(rows: Sequence[Row], costs: dict[str, Any], file: Path) -> None:
     _dress(axes, "peak memory of an iteration / MB", "AP / %")
     axes.set_title("Accuracy and memory; mean and standard deviation over seeds")
     figure.savefig(file, dpi=110)
+
+
+def spread_labels(heights: Sequence[float], distance: float) -> list[float]:
+    """Ascending heights moved as little as keeps neighbours ``distance`` apart.
+
+    Isotonic regression of what remains of them when every label is put at its rank's distance.
+    """
+    ranks = distance * np.arange(len(heights))
+    return list(IsotonicRegression().fit_transform(ranks, np.array(heights) - ranks) + ranks)
 
 
 def draw_curves(rows: Sequence[Row], file: Path) -> None:
@@ -101,7 +110,7 @@ def draw_ablations(rows: Sequence[Row], file: Path) -> None:
     """AP of every variant, on the band of the default; a panel per question."""
     default = accuracies(rows, OURS)
     figure = Figure(figsize=(13, 8), layout="constrained")
-    panels = list(figure.subplots(2, 3).flat)
+    panels = list(figure.subplots(2, 3, sharex=True).flat)
     for axes, (heading, variants) in zip(panels, arms.ABLATIONS.items(), strict=False):
         if default:
             middle, half = statistics.mean(default), _deviation(default)
@@ -115,6 +124,7 @@ def draw_ablations(rows: Sequence[Row], file: Path) -> None:
                 )
         axes.set_yticks(range(len(variants)), [variant.label for variant in variants])
         axes.invert_yaxis()
+        axes.tick_params(labelbottom=True)
         axes.set_title(heading)
         _dress(axes, "AP / %", "")
     for axes in panels[len(arms.ABLATIONS) :]:

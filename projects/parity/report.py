@@ -18,7 +18,17 @@ from run import Row, read_results, tuned
 from dr2net_d2.reports import fill_page, markdown_table
 
 CONVENTIONAL, OURS = "conventional", "convex"
-TOP_LEVEL = (CONVENTIONAL, "frozen", "hard-1", "static-float", "alternating", OURS, "static-1/2")
+TOP_LEVEL = (
+    CONVENTIONAL,
+    "checkpointing",
+    "frozen",
+    "lora",
+    "hard-1",
+    "static-float",
+    "alternating",
+    OURS,
+    "static-1/2",
+)
 """The arms of the top-level page's table."""
 
 HEADER = ("", "learning rate", "AP", "of conventional", "AP50", "APs", "seeds")
