@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from photo_shapes import OUTLINES
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
@@ -224,7 +225,7 @@ ABLATIONS = {
 SHAPES_KEYS = {
     "DATASETS.TRAIN": "('photo_shapes_train',)",
     "DATASETS.TEST": "('photo_shapes_val',)",
-    "MODEL.ROI_HEADS.NUM_CLASSES": 5,
+    "MODEL.ROI_HEADS.NUM_CLASSES": len(OUTLINES),
 }
 SHAPES_ARMS = (
     "conventional",

@@ -49,21 +49,20 @@ def draw_arms(rows: Sequence[Row], costs: dict[str, Any], file: Path) -> None:
     """AP over peak memory, a point per arm with the standard deviation over seeds."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots()
-    shown = [
-        arm
-        for arm in arms.ARMS
-        if accuracies(rows, arm.name) and arm.name in costs["arms"] and arm.name not in FAR_BELOW
-    ]
-    shown.sort(key=lambda arm: statistics.mean(accuracies(rows, arm.name)))
-    means = [statistics.mean(accuracies(rows, arm.name)) for arm in shown]
-    for arm, y, height in zip(shown, means, spread_labels(means, LABEL_HEIGHT), strict=True):
-        x = costs["arms"][arm.name]["peak_bytes"] / 1e6
-        colour = COLOURS.get(arm.name, OTHERS)
-        deviation = _deviation(accuracies(rows, arm.name))
+    reached = [(accuracies(rows, arm.name), arm) for arm in arms.ARMS if arm.name not in FAR_BELOW]
+    shown = sorted(
+        (statistics.mean(found), _deviation(found), arm.label, arm.name)
+        for found, arm in reached
+        if found and arm.name in costs["arms"]
+    )
+    heights = spread_labels([mean for mean, *_ in shown], LABEL_HEIGHT)
+    for (y, deviation, label, name), height in zip(shown, heights, strict=True):
+        x = costs["arms"][name]["peak_bytes"] / 1e6
+        colour = COLOURS.get(name, OTHERS)
         axes.errorbar(x, y, deviation, fmt="o", color=colour, capsize=3, ms=6)
         line = {"arrowstyle": "-", "color": colour, "lw": 0.6}
         axes.annotate(
-            arm.label, (x, y), (x + 5, height), fontsize=8, color=colour, va="center",
+            label, (x, y), (x + 5, height), fontsize=8, color=colour, va="center",
             arrowprops=line,
         )  # fmt: skip
     axes.margins(x=0.25)

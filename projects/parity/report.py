@@ -109,9 +109,9 @@ def accuracy_table(rows: Sequence[Row], shown: Iterable[tuple[str, str]], refere
     return markdown_table([list(HEADER), *lines])
 
 
-def tuning_table(rows: Sequence[Row], shown: Iterable[arms.Arm]) -> str:
+def tuning_table(rows: Sequence[Row], compared: Iterable[arms.Arm]) -> str:
     """AP of every tuning run: arms by learning rates."""
-    found = {arm.label: tuned(rows, arm) for arm in shown if not arm.rate_of}
+    found = {arm.label: tuned(rows, arm) for arm in compared if not arm.rate_of}
     rates = sorted(set().union(*found.values()))
     lines = [["", *(f"{rate:g}" for rate in rates)]]
     for label, by_rate in found.items():
