@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from dr2net_d2.data.coco import CocoDataset, CocoRecord, load_coco, read_image, read_pixels
+from dr2net_d2.data.coco_writer import write_coco
 from dr2net_d2.data.small_digits import (
     SmallDigitsConfig,
     digit_samples,
@@ -27,6 +28,7 @@ __all__ = [
     "register_coco_json",
     "resolve_dataset",
     "small_digits_from_name",
+    "write_coco",
 ]
 
 _COCO_SPLITS = {"coco_2017_train": "train2017", "coco_2017_val": "val2017"}

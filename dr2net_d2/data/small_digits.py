@@ -18,6 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from dr2net_d2.data.coco_writer import write_coco
 from dr2net_d2.errors import DatasetError
 
 # Raise it whenever a canvas changes, so that no cache of older canvases is taken for new.
@@ -300,25 +301,12 @@ def _file_names(config: SmallDigitsConfig) -> list[str]:
 
 
 def _write_dataset(folder: Path, config: SmallDigitsConfig) -> None:
-    (folder / "images").mkdir(parents=True)
-    height, width = config.shape
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for index, file_name in enumerate(_file_names(config)):
-        image, boxes, labels = draw_canvas(config, index)
-        (folder / "images" / file_name).write_bytes(cv2.imencode(".png", image)[1].tobytes())
-        images.append({"id": index + 1, "file_name": file_name, "height": height, "width": width})
-        for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
-            box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
-            ids = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": label + 1}
-            annotations.append({**ids, **box, "iscrowd": 0})
-    document = {
-        "info": {"description": config.name, "version": str(_VERSION)},
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": digit + 1, "name": str(digit)} for digit in range(10)],
-    }
-    (folder / "annotations.json").write_text(json.dumps(document))
+    canvases = (
+        (name, *draw_canvas(config, index)) for index, name in enumerate(_file_names(config))
+    )
+    info = {"description": config.name, "version": str(_VERSION)}
+    files = folder / "annotations.json", folder / "images"
+    write_coco(*files, canvases, [str(digit) for digit in range(10)], info)
     (folder / "manifest.json").write_bytes(_manifest(folder, config))
 
 

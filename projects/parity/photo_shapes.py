@@ -6,18 +6,16 @@ in both splits. Made anew by each process that needs it, from seeds alone.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import skimage.data
 
-from dr2net_d2.data import register_coco_json
+from dr2net_d2.data import register_coco_json, write_coco
 
 PREFIX = "photo_shapes_"
 PHOTOGRAPHS = {
@@ -73,10 +71,11 @@ def _background(photographs: list[np.ndarray], rng: np.random.Generator) -> np.n
 
 def draw_image(
     photographs: list[np.ndarray], rng: np.random.Generator
-) -> tuple[np.ndarray, list[tuple[int, list[int]]]]:
-    """An image, (SIDE, SIDE, 3) uint8, and its objects: category index, XYWH box in px."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """An image, (SIDE, SIDE, 3) uint8; its boxes, (n, 4) XYXY in px; their labels, (n,)."""
     image = _background(photographs, rng)
-    objects: list[tuple[int, list[int]]] = []
+    boxes: list[tuple[int, int, int, int]] = []
+    labels: list[int] = []
     taken = np.zeros((SIDE, SIDE), bool)
     for _ in range(rng.integers(OBJECTS // 2, OBJECTS * 3 // 2 + 1)):
         label = int(rng.integers(len(OUTLINES)))
@@ -97,35 +96,23 @@ def draw_image(
         )
         alpha = opacity[..., None] * rng.uniform(0.8, 1)
         image[place] = (1 - alpha) * image[place] + alpha * np.clip(under + contrast, 0, 255)
-        objects.append((label, [x, y, w, h]))
-    return np.rint(image + rng.normal(0, 2, (SIDE, SIDE, 1))).clip(0, 255).astype(np.uint8), objects
+        boxes.append((x, y, x + w, y + h))
+        labels.append(label)
+    noisy = np.rint(image + rng.normal(0, 2, (SIDE, SIDE, 1))).clip(0, 255).astype(np.uint8)
+    return noisy, np.array(boxes), np.array(labels)
 
 
 def write(folder: Path, split: str, images: int, seed: int) -> tuple[Path, Path]:
     """A dataset in COCO format: its JSON and its folder of images."""
     found = [getattr(skimage.data, name)() for name in PHOTOGRAPHS[split]]
     photographs = [p if p.ndim == 3 else np.dstack([p] * 3) for p in found]
-    document: dict[str, list[dict[str, Any]]] = {
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(OUTLINES)],
-        "images": [],
-        "annotations": [],
-    }
-    folder.mkdir(parents=True)
-    for index in range(images):
-        rng = np.random.default_rng((seed, split == "val", index))
-        image, objects = draw_image(photographs, rng)
-        name = f"{index:05d}.png"
-        cv2.imwrite(str(folder / name), image)
-        document["images"].append(
-            {"id": index + 1, "file_name": name, "height": SIDE, "width": SIDE}
-        )
-        for label, box in objects:
-            ids = {"id": len(document["annotations"]) + 1, "image_id": index + 1}
-            area = {"area": box[2] * box[3], "iscrowd": 0}
-            document["annotations"].append({**ids, "category_id": label + 1, "bbox": box, **area})
-    json_file = folder.with_suffix(".json")
-    json_file.write_text(json.dumps(document))
-    return json_file, folder
+    drawn = (
+        (f"{i:05d}.png", *draw_image(photographs, np.random.default_rng((seed, split == "val", i))))
+        for i in range(images)
+    )
+    files = folder.with_suffix(".json"), folder
+    write_coco(*files, drawn, list(OUTLINES))
+    return files
 
 
 @cache

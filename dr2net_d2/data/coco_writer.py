@@ -1,0 +1,49 @@
+"""Detection data written in COCO format."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+Annotated = tuple[str, np.ndarray, np.ndarray, np.ndarray]
+"""File name, ``(height, width, 3)`` uint8 BGR, boxes ``(n, 4)`` XYXY in pixels, labels ``(n,)``."""
+
+
+def write_coco(
+    json_file: Path,
+    image_root: Path,
+    images: Iterable[Annotated],
+    categories: Sequence[str],
+    info: Mapping[str, str] | None = None,
+) -> None:
+    """Write images as they come, and their objects at the end.
+
+    Args:
+        json_file: the annotation file. Ids of images, objects and categories begin at 1.
+        image_root: the folder for images; it is made, its parents too.
+        images: what is written. A file name's ending is the format, best one without loss.
+        categories: their names; a label is a place among them, from 0.
+        info: the JSON's "info".
+    """
+    image_root.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, (file_name, image, boxes, labels) in enumerate(images, start=1):
+        file = image_root / file_name
+        file.write_bytes(cv2.imencode(file.suffix, image)[1].tobytes())
+        height, width = image.shape[:2]
+        rows.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+        for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
+            box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
+            ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1}
+            annotations.append({**ids, **box, "iscrowd": 0})
+    document = {
+        "info": dict(info or {}),
+        "images": rows,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(categories, start=1)],
+    }
+    json_file.write_text(json.dumps(document))
