@@ -104,8 +104,8 @@ def test_every_config_is_accepted(scripts):
             for progress in (0.0, 0.3, 1.0):
                 alpha, beta = schedule(progress)
                 assert 0 <= alpha <= 1 and 0 <= beta <= 1 and alpha + beta <= 1.125
-    assert arms.cosine(0.25) == arms.CoefficientSchedule()(0.25)  # half the way
-    assert arms.cosine(0.05)[1] < arms.CoefficientSchedule()(0.05)[1]
+    assert arms.cosine(0.25) == arms.HALF(0.25)  # half the way
+    assert arms.cosine(0.05)[1] < arms.HALF(0.05)[1]
     assert arms.after_rest(0.1, 0.09) == (1.0, 0.0)
     assert arms.after_rest(0.1, 1.0) == (0.5, 0.5)
 

@@ -23,6 +23,9 @@ Pairs = Callable[[float], tuple[float, float]]
 
 LORA_RANK = 8
 
+HALF = CoefficientSchedule(duration=0.5)
+"""What the ablations vary: beta from 1/16 to 1/2 over the first half of training."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -107,17 +110,16 @@ def constant_pair(alpha: float, beta: float, progress: float) -> tuple[float, fl
 
 
 def after_rest(rest: float, progress: float) -> tuple[float, float]:
-    """Beta stays 0 for the first part of training, then the default schedule, later by that."""
+    """Beta stays 0 for the first part of training, then ``HALF``, later by that."""
     if progress < rest:
         return 1.0, 0.0
-    return CoefficientSchedule()((progress - rest) / (1 - rest))
+    return HALF((progress - rest) / (1 - rest))
 
 
 def cosine(progress: float) -> tuple[float, float]:
-    """The default's ends and duration, slow at both ends."""
-    default = CoefficientSchedule()
-    moved = min(progress / default.duration, 1.0)
-    return default(default.duration * (1 - math.cos(math.pi * moved)) / 2)
+    """The ends and the duration of ``HALF``, slow at both ends."""
+    moved = min(progress / HALF.duration, 1.0)
+    return HALF(HALF.duration * (1 - math.cos(math.pi * moved)) / 2)
 
 
 def _schedule(kind: str, **keys: float) -> dict[str, Any]:
@@ -134,6 +136,7 @@ CONVENTIONAL = {"REVERSIBLE": False, **FLOAT, **_static(0.0)}
 AUTHORS = {"FIRST_STATE": "copy", "OUTPUT": "mean"}
 ALTERNATING = {**AUTHORS, **_schedule("alternating", duration=0.5, updates=20)}
 SCRATCH = {"MODEL.WEIGHTS": "''"}
+CONVEX = _schedule("convex", duration=HALF.duration)
 
 STATIC_HALF = Arm("static-1/2", "static β 1/2, exact", _static(1 / 2))
 
@@ -160,7 +163,7 @@ ARMS = (
     ),
     Arm("alternating-float", "alternating, float", {**FLOAT, **ALTERNATING}, "float reversible"),
     Arm("alternating", "alternating, exact", ALTERNATING),
-    Arm("convex", "dynamic convex, exact (ours)"),
+    Arm("convex", "dynamic convex, exact (ours)", CONVEX),
     Arm("static-1/16", "static β 1/16, exact", _static(1 / 16)),
     Arm("static-1/8", "static β 1/8, exact", _static(1 / 8)),
     Arm("static-1/4", "static β 1/4, exact", _static(1 / 4)),
@@ -177,6 +180,7 @@ ARMS = (
     Arm(
         "convex-detectron2",
         "dynamic convex, exact (ours), Detectron2",
+        CONVEX,
         rate_of="convex",
         engine="detectron2",
     ),
@@ -185,7 +189,7 @@ ARMS = (
 
 def _variant(name: str, label: str, keys: Mapping[str, Any] | None = None, **others: Any) -> Arm:
     """A change to the convex arm, at its learning rate."""
-    return Arm(f"convex/{name}", label, keys or {}, rate_of="convex", **others)
+    return Arm(f"convex/{name}", label, {**CONVEX, **(keys or {})}, rate_of="convex", **others)
 
 
 ABLATIONS = {
