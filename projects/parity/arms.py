@@ -161,6 +161,14 @@ ARMS = (
         "float reversible",
         schedule=partial(constant_pair, 1.0, 0.1),
     ),
+    # The same network with the right gradient.
+    Arm(
+        "static-stored",
+        "static (1, 0.1), all stored",
+        {"REVERSIBLE": False, **FLOAT, **AUTHORS},
+        "plain",
+        schedule=partial(constant_pair, 1.0, 0.1),
+    ),
     Arm("alternating-float", "alternating, float", {**FLOAT, **ALTERNATING}, "float reversible"),
     Arm("alternating", "alternating, exact", ALTERNATING),
     Arm("convex", "dynamic convex, exact (ours)", CONVEX),
@@ -237,6 +245,7 @@ SHAPES_ARMS = (
     "lora",
     "hard-1",
     "static-float",
+    "static-stored",
     "alternating",
     "convex",
     "convex/duration-0.1",
