@@ -14,7 +14,7 @@ from photo_shapes import OUTLINES
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
+from dr2net_d2.core import CoefficientSchedule, Dr2NetViT, ReversibleSequence
 from dr2net_d2.core.fixed_point import StreamRange
 from dr2net_d2.gradients import checkpointed
 
@@ -90,6 +90,12 @@ def checkpoint_blocks(vit: Dr2NetViT) -> None:
     vars(vit.blocks)["forward"] = partial(checkpointed, vit.blocks)
 
 
+def keep_first(count: int, vit: Dr2NetViT) -> None:
+    """Leave out all blocks but the first, whose learning rates stay what they are."""
+    blocks = [vit.blocks[i] for i in range(count)]
+    vit.blocks = ReversibleSequence(blocks, vit.coefficients, vit.reversible, vit.arithmetic)
+
+
 class FixedBits(StreamRange):
     """A range that gives k fractional bits, whatever the streams' peak."""
 
@@ -150,6 +156,15 @@ ARMS = (
         checkpoint_blocks,
         rate_of="conventional",
     ),
+    # A control: what the later half of the pretrained network is worth to a task.
+    Arm(
+        "first-6",
+        "conventional, first 6 blocks",
+        CONVENTIONAL,
+        "plain",
+        partial(keep_first, 6),
+        rate_of="conventional",
+    ),
     Arm("frozen", "frozen backbone", CONVENTIONAL, "", freeze),
     Arm("lora", f"LoRA, rank {LORA_RANK}", CONVENTIONAL, "", add_low_rank),
     Arm("hard-0.9", "hard conversion, β 0.9", {**FLOAT, **_static(0.9)}, "float reversible"),
@@ -168,6 +183,13 @@ ARMS = (
         {"REVERSIBLE": False, **FLOAT, **AUTHORS},
         "plain",
         schedule=partial(constant_pair, 1.0, 0.1),
+    ),
+    # Not the literature's: inverted exactly, at the nearest beta on the grid.
+    Arm(
+        "static-exact",
+        "static (1, 0.125), exact",
+        AUTHORS,
+        schedule=partial(constant_pair, 1.0, 1 / 8),
     ),
     Arm("alternating-float", "alternating, float", {**FLOAT, **ALTERNATING}, "float reversible"),
     Arm("alternating", "alternating, exact", ALTERNATING),
@@ -241,11 +263,13 @@ SHAPES_KEYS = {
 }
 SHAPES_ARMS = (
     "conventional",
+    "first-6",
     "frozen",
     "lora",
     "hard-1",
     "static-float",
     "static-stored",
+    "static-exact",
     "alternating",
     "convex",
     "convex/duration-0.1",
