@@ -25,6 +25,7 @@ TOP_LEVEL = (
     "lora",
     "hard-1",
     "static-float",
+    "static-stored",
     "alternating",
     OURS,
     "static-1/2",
