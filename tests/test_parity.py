@@ -125,6 +125,23 @@ def test_every_config_is_accepted(scripts):
     assert arms.after_rest(0.1, 1.0) == (0.5, 0.5)
 
 
+def test_a_longer_training_differs_in_its_length_alone(scripts):
+    arms, finetune, run, *_ = scripts
+    for arm in arms.LONG:
+        short = arms.EVERYTHING[arm.name.removeprefix("long/")]
+        configs = []
+        for each in (short, arm):
+            assert (each.equip, each.schedule) == (short.equip, short.schedule)
+            cfg = finetune.load_config(str(finetune.CONFIG), each.overrides(), "torchvision")
+            configs.append(cfg)
+        solver = configs[1].SOLVER
+        assert (solver.MAX_ITER, solver.WARMUP_ITERS) == (1600, 160)
+        solver.MAX_ITER, solver.WARMUP_ITERS = 400, 40
+        assert configs[0] == configs[1]
+        rows = tuning(short.name, _1=50.0, _2=52.0, _4=51.0)
+        assert next(run.outstanding(rows, [arm], [1])) == finetune.Run("final", arm.name, 2e-3, 1)
+
+
 @pytest.mark.parametrize(
     ("kind", "share"),
     [

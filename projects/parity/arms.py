@@ -22,6 +22,7 @@ Pairs = Callable[[float], tuple[float, float]]
 """progress in [0, 1] -> (alpha, beta)."""
 
 LORA_RANK = 8
+SECTIONS = ("MODEL.", "DATASETS.", "SOLVER.")
 
 HALF = CoefficientSchedule(duration=0.5)
 """What the ablations vary: beta from 1/16 to 1/2 over the first half of training."""
@@ -34,7 +35,7 @@ class Arm:
     Attributes:
         name: as in results.jsonl.
         label: as in tables and figures.
-        keys: changes to parity.yaml; below MODEL.DR2NET unless MODEL or DATASETS stands before.
+        keys: changes to parity.yaml; below MODEL.DR2NET unless one of ``SECTIONS`` stands before.
         backward: of ``dr2net_d2.gradients.ARMS``, whose gradient error is followed; "" for none.
         equip: changes the ViT after the weights are loaded.
         schedule: in place of the one that ``keys`` describe, where the package has none like it.
@@ -55,7 +56,7 @@ class Arm:
         """KEY VALUE words for the config."""
         words: list[str] = []
         for key, value in self.keys.items():
-            full = key if key.startswith(("MODEL.", "DATASETS.")) else f"MODEL.DR2NET.{key}"
+            full = key if key.startswith(SECTIONS) else f"MODEL.DR2NET.{key}"
             words += [full, str(value)]
         return words
 
@@ -287,5 +288,17 @@ _DIGITS = {arm.name: arm for arm in (*ARMS, *chain.from_iterable(ABLATIONS.value
 SHAPES = tuple(_on_shapes(_DIGITS[name]) for name in SHAPES_ARMS)
 """The second task, each with a learning rate of its own."""
 
-EVERYTHING = _DIGITS | {arm.name: arm for arm in SHAPES}
+LONG_KEYS = {"SOLVER.MAX_ITER": 1600, "SOLVER.WARMUP_ITERS": 160}
+LONG_ARMS = ("conventional", "hard-1", "static-float", "static-stored", "convex")
+
+
+def _longer(arm: Arm) -> Arm:
+    keys = {**arm.keys, **LONG_KEYS}
+    return replace(arm, name=f"long/{arm.name}", keys=keys, rate_of=arm.name)
+
+
+LONG = tuple(_longer(_DIGITS[name]) for name in LONG_ARMS)
+"""The first task with four times the iterations, at the learning rates of 400."""
+
+EVERYTHING = _DIGITS | {arm.name: arm for arm in (*SHAPES, *LONG)}
 """Name -> arm or variant."""

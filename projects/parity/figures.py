@@ -33,8 +33,12 @@ COLOURS = {
 FAR_BELOW = ("scratch", "scratch-reversible")
 """Arms that are left out where they would press the others together."""
 
-TASKS = ((-0.12, "#0072B2", "SmallDigits", ""), (0.12, "#D55E00", "PhotoShapes", "shapes/"))
-"""Of the picture of both: shift on the page, colour, label, what names of arms begin with."""
+TASKS = (
+    (-0.2, "#0072B2", "SmallDigits", ""),
+    (0.0, "#009E73", "SmallDigits, 1600 iterations", "long/"),
+    (0.2, "#D55E00", "PhotoShapes", "shapes/"),
+)
+"""Of one picture: shift on the page, colour, label, what names of arms begin with."""
 
 OTHERS = "#777777"
 LABEL_HEIGHT = 0.55
@@ -133,8 +137,8 @@ def draw_ablations(rows: Sequence[Row], file: Path) -> None:
 
 
 def draw_tasks(rows: Sequence[Row], file: Path) -> None:
-    """AP beyond conventional finetuning with the same seed, on both tasks; a line per arm."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    """AP beyond conventional finetuning with the same seed, on each task; a line per arm."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
     shown = [n for n in arms.SHAPES_ARMS if n != CONVENTIONAL and n not in FAR_BELOW]
     for shift, colour, task, prefix in TASKS:

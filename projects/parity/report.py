@@ -133,7 +133,10 @@ def setting_line(rows: Sequence[Row], costs: dict[str, Any]) -> str:
 
 def tables(rows: Sequence[Row], costs: dict[str, Any]) -> dict[str, str]:
     """Marker -> what stands there in this project's page."""
-    shapes = [(arm.label, arm.name) for arm in arms.SHAPES]
+    shapes, long = (
+        accuracy_table(rows, [(arm.label, arm.name) for arm in task], task[0].name)
+        for task in (arms.SHAPES, arms.LONG)
+    )
     ablations = {
         heading: accuracy_table(
             rows, [("default", OURS), *((v.label, v.name) for v in variants)], CONVENTIONAL
@@ -143,8 +146,9 @@ def tables(rows: Sequence[Row], costs: dict[str, Any]) -> dict[str, str]:
     return {
         "arms": arm_table(rows, costs, [arm.name for arm in arms.ARMS]),
         "tuning": tuning_table(rows, arms.ARMS),
-        "shapes": accuracy_table(rows, shapes, arms.SHAPES[0].name),
+        "shapes": shapes,
         "shapes tuning": tuning_table(rows, arms.SHAPES),
+        "long": long,
         "setting": setting_line(rows, costs),
         **ablations,
     }
