@@ -52,7 +52,7 @@ def test_checkpointing_changes_nothing(scripts):
 def test_gradient_errors_are_those_of_the_arms(scripts):
     _, finetune, *_ = scripts
     errors = {}
-    for arm in ("convex", "static-exact", "static-float", "static-stored"):
+    for arm in ("convex", "static-exact", "static-exact-stored", "static-float", "static-stored"):
         errors[arm] = [error for *_, error in trial(finetune, arm)["gradient_error"]]
     float_errors = errors.pop("static-float")
     assert all(max(found) < 1e-5 for found in errors.values())

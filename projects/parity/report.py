@@ -32,7 +32,7 @@ TOP_LEVEL = (
 )
 """The arms of the top-level page's table."""
 
-HEADER = ("", "learning rate", "AP", "of conventional", "AP50", "APs", "seeds")
+HEADER = ("", "learning rate", "AP", "beyond conventional", "AP50", "APs", "seeds")
 COST_HEADER = ("peak, MB", "step time", "gradient error, worst")
 
 
