@@ -129,11 +129,11 @@ def test_a_longer_training_differs_in_its_length_alone(scripts):
     arms, finetune, run, *_ = scripts
     for arm in arms.LONG:
         short = arms.EVERYTHING[arm.name.removeprefix("long/")]
-        configs = []
-        for each in (short, arm):
-            assert (each.equip, each.schedule) == (short.equip, short.schedule)
-            cfg = finetune.load_config(str(finetune.CONFIG), each.overrides(), "torchvision")
-            configs.append(cfg)
+        assert (arm.equip, arm.schedule) == (short.equip, short.schedule)
+        configs = [
+            finetune.load_config(str(finetune.CONFIG), each.overrides(), "torchvision")
+            for each in (short, arm)
+        ]
         solver = configs[1].SOLVER
         assert (solver.MAX_ITER, solver.WARMUP_ITERS) == (1600, 160)
         solver.MAX_ITER, solver.WARMUP_ITERS = 400, 40

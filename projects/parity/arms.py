@@ -138,12 +138,17 @@ def _static(beta: float) -> dict[str, Any]:
 
 
 FLOAT = {"ARITHMETIC": "float"}
-CONVENTIONAL = {"REVERSIBLE": False, **FLOAT, **_static(0.0)}
+STORED = {"REVERSIBLE": False, **FLOAT}
+CONVENTIONAL = {**STORED, **_static(0.0)}
 # What the authors' point-cloud code does: both halves start alike, their mean goes on.
 AUTHORS = {"FIRST_STATE": "copy", "OUTPUT": "mean"}
 ALTERNATING = {**AUTHORS, **_schedule("alternating", duration=0.5, updates=20)}
 SCRATCH = {"MODEL.WEIGHTS": "''"}
 CONVEX = _schedule("convex", duration=HALF.duration)
+
+LITERATURE = partial(constant_pair, 1.0, 0.1)
+# Exact arithmetic needs a beta on the grid.
+ON_GRID = partial(constant_pair, 1.0, 1 / 8)
 
 STATIC_HALF = Arm("static-1/2", "static β 1/2, exact", _static(1 / 2))
 
@@ -175,29 +180,23 @@ ARMS = (
         "static (1, 0.1), float",
         {**FLOAT, **AUTHORS},
         "float reversible",
-        schedule=partial(constant_pair, 1.0, 0.1),
+        schedule=LITERATURE,
     ),
-    # The same network with the right gradient.
+    # Each "all stored" is the same network as above it, with the gradient of plain autograd.
     Arm(
         "static-stored",
         "static (1, 0.1), all stored",
-        {"REVERSIBLE": False, **FLOAT, **AUTHORS},
+        {**STORED, **AUTHORS},
         "plain",
-        schedule=partial(constant_pair, 1.0, 0.1),
+        schedule=LITERATURE,
     ),
-    # Not the literature's: inverted exactly, at the nearest beta on the grid.
-    Arm(
-        "static-exact",
-        "static (1, 0.125), exact",
-        AUTHORS,
-        schedule=partial(constant_pair, 1.0, 1 / 8),
-    ),
+    Arm("static-exact", "static (1, 0.125), exact", AUTHORS, schedule=ON_GRID),
     Arm(
         "static-exact-stored",
         "static (1, 0.125), all stored",
-        {"REVERSIBLE": False, **FLOAT, **AUTHORS},
+        {**STORED, **AUTHORS},
         "plain",
-        schedule=partial(constant_pair, 1.0, 1 / 8),
+        schedule=ON_GRID,
         rate_of="static-exact",
     ),
     Arm("alternating-float", "alternating, float", {**FLOAT, **ALTERNATING}, "float reversible"),
@@ -285,28 +284,29 @@ SHAPES_ARMS = (
     "static-1/2",
     "scratch",
 )
-
-
-def _on_shapes(arm: Arm) -> Arm:
-    keys = {**arm.keys, **SHAPES_KEYS}
-    return replace(arm, name=f"shapes/{arm.name}", keys=keys, rate_of="")
-
-
-_DIGITS = {arm.name: arm for arm in (*ARMS, *chain.from_iterable(ABLATIONS.values()))}
-SHAPES = tuple(_on_shapes(_DIGITS[name]) for name in SHAPES_ARMS)
-"""The second task, each with a learning rate of its own."""
-
 LONG_KEYS = {"SOLVER.MAX_ITER": 1600, "SOLVER.WARMUP_ITERS": 160}
 LONG_ARMS = ("conventional", "hard-1", "static-float", "static-stored", "convex")
 
-
-def _longer(arm: Arm) -> Arm:
-    keys = {**arm.keys, **LONG_KEYS}
-    return replace(arm, name=f"long/{arm.name}", keys=keys, rate_of=arm.name)
+_DIGITS = {arm.name: arm for arm in (*ARMS, *chain.from_iterable(ABLATIONS.values()))}
 
 
-LONG = tuple(_longer(_DIGITS[name]) for name in LONG_ARMS)
-"""The first task with four times the iterations, at the learning rates of 400."""
+def _task(prefix: str, names: tuple[str, ...], keys: Mapping[str, Any], tune: bool) -> list[Arm]:
+    """Arms of the first task, with further keys; at their learning rates there, or tuned again."""
+    return [
+        replace(
+            arm,
+            name=f"{prefix}/{arm.name}",
+            keys={**arm.keys, **keys},
+            rate_of="" if tune else arm.rate_of or arm.name,
+        )
+        for arm in (_DIGITS[name] for name in names)
+    ]
+
+
+SHAPES = _task("shapes", SHAPES_ARMS, SHAPES_KEYS, tune=True)
+"""The second task."""
+LONG = _task("long", LONG_ARMS, LONG_KEYS, tune=False)
+"""The first task with four times the iterations."""
 
 EVERYTHING = _DIGITS | {arm.name: arm for arm in (*SHAPES, *LONG)}
 """Name -> arm or variant."""

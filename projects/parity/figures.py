@@ -35,7 +35,7 @@ FAR_BELOW = ("scratch", "scratch-reversible")
 
 TASKS = (
     (-0.2, "#0072B2", "SmallDigits", ""),
-    (0.0, "#009E73", "SmallDigits, 1600 iterations", "long/"),
+    (0.0, "#009E73", f"SmallDigits, {arms.LONG_KEYS['SOLVER.MAX_ITER']} iterations", "long/"),
     (0.2, "#D55E00", "PhotoShapes", "shapes/"),
 )
 """Of one picture: shift on the page, colour, label, what names of arms begin with."""
