@@ -8,8 +8,15 @@ from typing import Any
 import cv2
 import numpy as np
 
-Annotated = tuple[str, np.ndarray, np.ndarray, np.ndarray]
-"""File name, ``(height, width, 3)`` uint8 BGR, boxes ``(n, 4)`` XYXY in pixels, labels ``(n,)``."""
+Annotated = (
+    tuple[str, np.ndarray, np.ndarray, np.ndarray]
+    | tuple[str, np.ndarray, np.ndarray, np.ndarray, Sequence[np.ndarray]]
+)
+"""File name, ``(height, width, 3)`` uint8 BGR, boxes ``(n, 4)`` XYXY in whole pixels where masks
+come with them, labels ``(n,)``, perhaps the objects' masks, ``(h, w)`` bool each within its box."""
+
+_FINER = 8
+"""Mask pixels are divided by this on a side, so that outlines run close to their edges."""
 
 
 def write_coco(
@@ -31,15 +38,18 @@ def write_coco(
     image_root.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for image_id, (file_name, image, boxes, labels) in enumerate(images, start=1):
+    for image_id, (file_name, image, boxes, labels, *masks) in enumerate(images, start=1):
         file = image_root / file_name
         file.write_bytes(cv2.imencode(file.suffix, image)[1].tobytes())
         height, width = image.shape[:2]
         rows.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
+        for index, ((x0, y0, x1, y1), label) in enumerate(
+            zip(boxes.tolist(), labels.tolist(), strict=True)
+        ):
             box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
             ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1}
-            annotations.append({**ids, **box, "iscrowd": 0})
+            shape = {"segmentation": _outline(masks[0][index], x0, y0)} if masks else {}
+            annotations.append({**ids, **box, **shape, "iscrowd": 0})
     document = {
         "info": dict(info or {}),
         "images": rows,
@@ -47,3 +57,10 @@ def write_coco(
         "categories": [{"id": i, "name": name} for i, name in enumerate(categories, start=1)],
     }
     json_file.write_text(json.dumps(document))
+
+
+def _outline(mask: np.ndarray, x0: float, y0: float) -> list[list[float]]:
+    """COCO polygons [x, y, x, y, ...] around the parts of a mask whose corner is (x0, y0)."""
+    fine = mask.repeat(_FINER, axis=0).repeat(_FINER, axis=1).astype(np.uint8)
+    outlines, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return [((line[:, 0] + 0.5) / _FINER + (x0, y0)).ravel().tolist() for line in outlines]

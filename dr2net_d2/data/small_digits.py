@@ -22,7 +22,7 @@ from dr2net_d2.data.coco_writer import write_coco
 from dr2net_d2.errors import DatasetError
 
 # Raise it whenever a canvas changes, so that no cache of older canvases is taken for new.
-_VERSION = 1
+_VERSION = 2
 _SPLITS = ("train", "val")
 _DEFAULT_IMAGES = {"train": 400, "val": 100}
 _MAX_SIZE = 4096
@@ -134,12 +134,15 @@ def digit_samples(split: str) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def draw_canvas(config: SmallDigitsConfig, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_canvas(
+    config: SmallDigitsConfig, index: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
     """Draw one canvas; the same arguments give the same pixels.
 
     Returns:
         The image, ``(height, width, 3)`` uint8 BGR; boxes tight around the ink, ``(n, 4)``
-        float32 XYXY in pixels; labels, ``(n,)`` int64, 0 to 9.
+        float32 XYXY in pixels; labels, ``(n,)`` int64, 0 to 9; masks, where in its box each digit
+        has ink, ``(h, w)`` bool.
     """
     rng = np.random.default_rng((config.seed, _SPLITS.index(config.split), index))
     background = _draw_background(config.shape, rng)
@@ -148,6 +151,7 @@ def draw_canvas(config: SmallDigitsConfig, index: int) -> tuple[np.ndarray, np.n
     count = int(rng.integers((config.objects + 1) // 2, config.objects * 3 // 2 + 1))
     boxes = np.zeros((count, 4), dtype=np.float32)
     labels = np.zeros(count, dtype=np.int64)
+    masks: list[np.ndarray] = []
     placed = 0
     for _ in range(count):
         sample = int(rng.integers(len(samples)))
@@ -161,8 +165,9 @@ def draw_canvas(config: SmallDigitsConfig, index: int) -> tuple[np.ndarray, np.n
         blend = image[y0:y1, x0:x1] * (1 - alpha) + alpha * _ink_colour(under, rng)
         image[y0:y1, x0:x1] = np.rint(blend).astype(np.uint8)
         boxes[placed], labels[placed] = box, sample_labels[sample]
+        masks.append(alpha[..., 0] > 0)
         placed += 1
-    return image, boxes[:placed], labels[:placed]
+    return image, boxes[:placed], labels[:placed], masks
 
 
 def make_small_digits(

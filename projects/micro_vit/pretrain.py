@@ -65,7 +65,7 @@ def canvases(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     images = np.empty((count, 3, SIZE, SIZE), np.uint8)
     targets = np.empty((count, (SIZE // PATCH) ** 2), np.int64)
     for index in tqdm(range(count), desc=f"drawing {split}"):
-        image, boxes, labels = draw_canvas(config, index)
+        image, boxes, labels, _ = draw_canvas(config, index)
         images[index] = image.transpose(2, 0, 1)
         targets[index] = patch_labels(boxes, labels)
     return torch.from_numpy(images), torch.from_numpy(targets)

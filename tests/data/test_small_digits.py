@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
@@ -53,7 +54,7 @@ def test_boxes_are_tight_around_the_ink(split: str) -> None:
     config = SmallDigitsConfig(split, size=192, objects=8)
     alone = 0
     for index in range(12):
-        image, boxes, labels = draw_canvas(config, index)
+        image, boxes, labels, _ = draw_canvas(config, index)
         changed = (image != background(config, index)).any(axis=2)
         covered = np.zeros_like(changed)
         for x0, y0, x1, y1 in boxes.astype(int):
@@ -77,23 +78,23 @@ def test_boxes_are_tight_around_the_ink(split: str) -> None:
 def test_sides_counts_and_labels_are_what_the_config_says() -> None:
     config = SmallDigitsConfig("train")
     drawn = [draw_canvas(config, index) for index in range(40)]
-    boxes = np.concatenate([boxes for _, boxes, _ in drawn])
+    boxes = np.concatenate([boxes for _, boxes, *_ in drawn])
     sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
     assert 7 <= sides.min() <= 9
     assert 27 <= sides.max() <= 28
-    counts = [len(labels) for _, _, labels in drawn]
+    counts = [len(labels) for _, _, labels, _ in drawn]
     assert min(counts) >= 6
     assert max(counts) <= 18
     assert 10.5 < np.mean(counts) < 13.5
-    assert set(np.concatenate([labels for _, _, labels in drawn])) == set(range(10))
-    assert max(largest_overlap(boxes) for _, boxes, _ in drawn) <= 0.1
+    assert set(np.concatenate([labels for _, _, labels, _ in drawn])) == set(range(10))
+    assert max(largest_overlap(boxes) for _, boxes, *_ in drawn) <= 0.1
 
 
 def test_digits_are_both_lighter_and_darker_than_what_is_under_them() -> None:
     config = SmallDigitsConfig("val", size=192)
     lighter = []
     for index in range(6):
-        image, boxes, _ = draw_canvas(config, index)
+        image, boxes, *_ = draw_canvas(config, index)
         change = image.astype(int) - background(config, index)
         for x0, y0, x1, y1 in boxes.astype(int):
             peak = np.abs(change[y0:y1, x0:x1]).max()
@@ -125,12 +126,19 @@ def test_no_digit_sample_is_in_both_splits() -> None:
 
 def test_a_crowded_canvas_gets_fewer_digits_and_keeps_its_promises() -> None:
     config = SmallDigitsConfig("train", size=(64, 96), objects=400)
-    image, boxes, labels = draw_canvas(config, 0)
+    image, boxes, labels, _ = draw_canvas(config, 0)
     assert image.shape == (64, 96, 3)
     assert 10 < len(boxes) == len(labels) < 200
     assert largest_overlap(boxes) <= 0.1
     assert (boxes >= 0).all()
     assert (boxes <= (96, 64, 96, 64)).all()
+
+
+def filled(mask: np.ndarray) -> np.ndarray:
+    """A mask with its holes closed, which a COCO polygon cannot have."""
+    outside = np.pad(mask, 1).astype(np.uint8)
+    cv2.floodFill(outside, None, (0, 0), 2)
+    return outside[1:-1, 1:-1] != 2
 
 
 def test_pycocotools_and_load_coco_agree_with_draw_canvas(tmp_path: Path) -> None:
@@ -141,7 +149,7 @@ def test_pycocotools_and_load_coco_agree_with_draw_canvas(tmp_path: Path) -> Non
     assert dataset.category_ids == tuple(range(1, 11))
     assert len(truth.imgs) == len(dataset.records) == 3
     for index, record in enumerate(dataset.records):
-        image, boxes, labels = draw_canvas(SMALL, index)
+        image, boxes, labels, masks = draw_canvas(SMALL, index)
         np.testing.assert_array_equal(read_image(record), image)
         np.testing.assert_array_equal(record.boxes, boxes)
         np.testing.assert_array_equal(record.labels, labels)
@@ -151,6 +159,12 @@ def test_pycocotools_and_load_coco_agree_with_draw_canvas(tmp_path: Path) -> Non
         assert [a["category_id"] - 1 for a in annotations] == labels.tolist()
         assert [a["area"] for a in annotations] == xywh[:, 2:].prod(axis=1).tolist()
         assert {a["iscrowd"] for a in annotations} == {0}
+        for annotation, mask, (x0, y0, x1, y1) in zip(
+            annotations, masks, boxes.astype(int), strict=True
+        ):
+            whole = np.zeros(image.shape[:2], bool)
+            whole[y0:y1, x0:x1] = mask
+            np.testing.assert_array_equal(truth.annToMask(annotation), filled(whole))
 
 
 def test_bytes_are_equal_in_two_caches_and_differ_by_seed(tmp_path: Path) -> None:
