@@ -87,20 +87,23 @@ class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
     def save(self, name: str, **kwargs: Any) -> None:
         if not self.save_dir or not self.save_to_disk:
             return
+        kwargs.update((key, obj.state_dict()) for key, obj in self.checkpointables.items())
+        self.save_weights(name, **kwargs)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name: str, **others: Any) -> None:
+        """Write the model, and nothing that a training could be resumed from but ``others``."""
         parameters = dict(self.model.named_parameters())
         if bad := non_finite(parameters):
             raise FloatingPointError(
                 f"{bad[0]}, one of {len(bad)} such among {len(parameters)} parameters, is not "
                 f"finite after the optimizer's step; {name}.pth has not been written"
             )
-        data = {"model": self.model.state_dict(), **kwargs}
-        data.update((key, obj.state_dict()) for key, obj in self.checkpointables.items())
         target = Path(self.save_dir, f"{name}.pth")
         partial = target.with_suffix(".pth.partial")
-        torch.save(data, partial)
+        torch.save({"model": self.model.state_dict(), **others}, partial)
         partial.replace(target)
         self.logger.info("Saved checkpoint %s", target)
-        self.tag_last_checkpoint(target.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         target = Path(self.save_dir, "last_checkpoint")

@@ -6,10 +6,11 @@ Works on any fvcore ``CfgNode``; Detectron2's is one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from fvcore.common.config import CfgNode
 
@@ -20,10 +21,11 @@ from dr2net_d2.errors import ConfigError, config_section
 logger = logging.getLogger(__name__)
 
 LEAN_PARTS = ("pyramid", "rpn", "roi")
+AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def add_dr2net_config(cfg: CfgNode) -> None:
-    """Add the keys of this project to a config: MODEL.VIT.*, MODEL.DR2NET.*, two of SOLVER."""
+    """Add the keys of this project to a config: MODEL.VIT, MODEL.DR2NET and what recipes need."""
     node = type(cfg)
 
     # The plain ViT; the defaults are ViTDet-B. Both stock and Dr2Net backbones read these.
@@ -48,6 +50,8 @@ def add_dr2net_config(cfg: CfgNode) -> None:
     vit.PRETRAIN_USE_CLS_TOKEN = True
     # Pyramid levels: stride = PATCH_SIZE / scale. Their width is MODEL.FPN.OUT_CHANNELS.
     vit.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
+    # Coarser levels after those: "LastLevelMaxPool" (one), "LastLevelP6P7" (two) or "" (none).
+    vit.TOP_BLOCK = "LastLevelMaxPool"
     # Pad both sides of every image to a multiple of this, in px; 0: of the coarsest stride.
     vit.SQUARE_PAD = 0
 
@@ -70,15 +74,59 @@ def add_dr2net_config(cfg: CfgNode) -> None:
     dr2net.SCHEDULE.KIND = "convex"
     dr2net.SCHEDULE.START_BETA = 1 / 16
     dr2net.SCHEDULE.END_BETA = 0.5
-    # The fraction of training after which the final coefficients hold.
+    # When the final coefficients are reached, from when on they hold.
     dr2net.SCHEDULE.DURATION = 0.5
+    # Of DURATION: "fraction" of the training, "iterations" or "epochs".
+    dr2net.SCHEDULE.UNIT = "fraction"
     # Number of stages within it; 0 moves every iteration.
     dr2net.SCHEDULE.UPDATES = 0
+
+    # Of META_ARCHITECTURE "FCOS"; as those of MODEL.RETINANET.
+    cfg.MODEL.FCOS = fcos = node()
+    fcos.NUM_CLASSES = 80
+    fcos.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    fcos.NUM_CONVS = 4
+    fcos.NORM = "GN"
+    fcos.PRIOR_PROB = 0.01
+    # In strides around the centre of an object: the locations that learn it.
+    fcos.CENTER_SAMPLING_RADIUS = 1.5
+    fcos.FOCAL_LOSS_ALPHA = 0.25
+    fcos.FOCAL_LOSS_GAMMA = 2.0
+    # Of sqrt(class score * centerness).
+    fcos.SCORE_THRESH_TEST = 0.2
+    fcos.TOPK_CANDIDATES_TEST = 1000
+    fcos.NMS_THRESH_TEST = 0.6
+
+    _add_recipe_config(cfg)
+
+
+def _add_recipe_config(cfg: CfgNode) -> None:
+    node = type(cfg)
 
     # "SGD" or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Learning-rate factor per ViT layer, counted down from the head; 1 turns it off.
     cfg.SOLVER.LAYER_DECAY = 1.0
+    # Pairs [pattern, weight decay] for names of parameters; the last that fits counts.
+    cfg.SOLVER.WEIGHT_DECAY_OVERRIDES = [["*pos_embed", 0.0]]
+    # Parts that the IMS_PER_BATCH images of an iteration go through the network in.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # Of the moving average of the weights, which is evaluated and kept in place of them; 0: none.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # "float16", with loss scaling, or "bfloat16".
+    cfg.SOLVER.AMP.DTYPE = "float16"
+
+    # Large-scale jittering (arXiv 2012.07177): flip, rescale, crop. Replaces INPUT.MIN_SIZE_TRAIN.
+    cfg.INPUT.LSJ = lsj = node()
+    lsj.ENABLED = False
+    # Side in px of the square that a rescaled image is cropped to.
+    lsj.IMAGE_SIZE = 1024
+    # Range of the scale: 1 fits the image into the square.
+    lsj.MIN_SCALE = 0.1
+    lsj.MAX_SCALE = 2.0
+
+    # Keep the weights that were best in this result, such as "bbox/AP", in model_best.pth; "": no.
+    cfg.TEST.BEST_CHECKPOINT = ""
 
 
 def vit_arguments(cfg: CfgNode) -> dict[str, Any]:
@@ -128,8 +176,37 @@ def lean_parts(cfg: CfgNode) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def coefficient_schedule(cfg: CfgNode) -> CoefficientSchedule:
-    """The schedule of MODEL.DR2NET.SCHEDULE; a beta that exact arithmetic has to snap is logged."""
+def amp_dtype(enabled: bool, name: str, device: str) -> torch.dtype | None:
+    """The dtype of autocast during training, None where mixed precision is not enabled.
+
+    Args:
+        name: SOLVER.AMP.DTYPE.
+        device: MODEL.DEVICE.
+
+    Raises:
+        ConfigError: another name, or float16 without a GPU.
+    """
+    if not enabled:
+        return None
+    if name not in AMP_DTYPES:
+        raise ConfigError(f"the dtype of AMP is {name!r}; use {' or '.join(AMP_DTYPES)}")
+    if name == "float16" and not device.startswith("cuda"):
+        raise ConfigError(
+            f"AMP in float16 is for GPUs, and the device is {device!r}; use the dtype bfloat16 "
+            "(SOLVER.AMP.DTYPE), or turn AMP off"
+        )
+    return AMP_DTYPES[name]
+
+
+def coefficient_schedule(
+    cfg: CfgNode, count_images: Callable[[], int] | None = None
+) -> CoefficientSchedule:
+    """The schedule of MODEL.DR2NET.SCHEDULE; a beta that exact arithmetic has to snap is logged.
+
+    Args:
+        count_images: gives the number of training images, for a duration in epochs. Without it
+            such a schedule takes the same values, over the whole training.
+    """
     schedule = cfg.MODEL.DR2NET.SCHEDULE
     exact = cfg.MODEL.DR2NET.ARITHMETIC == "exact"
     for key in ("START_BETA", "END_BETA") if exact else ():
@@ -147,10 +224,33 @@ def coefficient_schedule(cfg: CfgNode) -> CoefficientSchedule:
             kind=schedule.KIND,
             start_beta=schedule.START_BETA,
             end_beta=schedule.END_BETA,
-            duration=schedule.DURATION,
+            duration=_fraction(cfg, count_images),
             updates=schedule.UPDATES,
             exact=exact,
         )
+
+
+def _fraction(cfg: CfgNode, count_images: Callable[[], int] | None) -> float:
+    """MODEL.DR2NET.SCHEDULE.DURATION as a fraction of the training."""
+    unit, duration = cfg.MODEL.DR2NET.SCHEDULE.UNIT, cfg.MODEL.DR2NET.SCHEDULE.DURATION
+    if unit == "fraction":
+        return duration
+    if unit == "iterations":
+        fraction = duration / cfg.SOLVER.MAX_ITER
+    elif unit == "epochs":
+        if count_images is None:
+            return 1.0
+        fraction = duration * count_images() / (cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.MAX_ITER)
+    else:
+        raise ConfigError(
+            f"MODEL.DR2NET.SCHEDULE.UNIT is {unit!r}; use 'fraction', 'iterations' or 'epochs'"
+        )
+    if not 0 < fraction <= 1:
+        raise ConfigError(
+            f"MODEL.DR2NET.SCHEDULE.DURATION is {duration} {unit}, {fraction:.2f} of the "
+            f"{cfg.SOLVER.MAX_ITER} iterations of the training; it must be part of it"
+        )
+    return fraction
 
 
 def merge_config(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> None:
@@ -179,17 +279,17 @@ def merge_config(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> No
         raise ConfigError(f"SEED is {cfg.SEED}; it must be below 2^32, or negative to draw one")
 
 
-def check_categories(datasets: Mapping[str, Sequence[str]], section: str, num_classes: int) -> None:
-    """Refuse datasets (name -> category names) that differ from each other or from NUM_CLASSES.
+def check_categories(datasets: Mapping[str, Sequence[str]], key: str, num_classes: int) -> None:
+    """Refuse datasets (name -> category names) that differ from each other or from the model.
 
     Raises:
-        ConfigError: names the datasets and the key under MODEL.``section``.
+        ConfigError: names the datasets and ``key``, that of ``num_classes``.
     """
     first = next(iter(datasets), "")
     for name, categories in datasets.items():
         if len(categories) != num_classes:
             raise ConfigError(
-                f"MODEL.{section}.NUM_CLASSES is {num_classes}, but {name} has {len(categories)} "
+                f"{key} is {num_classes}, but {name} has {len(categories)} "
                 f"categories; set it to {len(categories)}"
             )
         if tuple(categories) != tuple(datasets[first]):

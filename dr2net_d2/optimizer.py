@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,11 +37,13 @@ def parameter_groups(
     weight_decay_norm: float,
     layer_decay: float,
     depth: int,
+    weight_decay_overrides: Sequence[tuple[str, float]] = (),
 ) -> list[dict[str, Any]]:
     """Optimizer groups ``{params, lr, weight_decay}``, parameters of equal settings together.
 
-    Norm layers get ``weight_decay_norm``, position embeddings none, everything else
-    ``weight_decay``. Frozen parameters are left out, shared ones come once.
+    Norm layers get ``weight_decay_norm``, everything else ``weight_decay``, unless its name fits
+    the pattern of an override; the last that fits counts. Frozen parameters are left out, shared
+    ones come once.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
@@ -49,10 +52,11 @@ def parameter_groups(
             if not parameter.requires_grad or parameter in seen:
                 continue
             seen.add(parameter)
-            decay = weight_decay_norm if isinstance(module, _NORMS) else weight_decay
-            if name == "pos_embed":
-                decay = 0.0
             full_name = f"{module_name}.{name}" if module_name else name
+            decay = weight_decay_norm if isinstance(module, _NORMS) else weight_decay
+            for pattern, override in weight_decay_overrides:
+                if fnmatch.fnmatchcase(full_name, pattern):
+                    decay = override
             lr = base_lr * layer_decay_factor(full_name, depth, layer_decay)
             groups.setdefault((lr, decay), []).append(parameter)
     return [
@@ -68,7 +72,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     Detectron2; "full_model" the norm of all together, as ViTDet's recipe does.
 
     Raises:
-        ConfigError: no trainable parameter, an unknown optimizer or clip type.
+        ConfigError: no trainable parameter, an unknown optimizer or clip type, an override that
+            is not a pair.
     """
     solver = cfg.SOLVER
     groups = parameter_groups(
@@ -78,6 +83,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         solver.WEIGHT_DECAY_NORM,
         solver.LAYER_DECAY,
         cfg.MODEL.VIT.DEPTH,
+        _overrides(solver.WEIGHT_DECAY_OVERRIDES),
     )
     if not groups:
         raise ConfigError("no parameter of the model is trainable; unfreeze some")
@@ -99,6 +105,18 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         # With a GradScaler the step, and so this, comes after unscaling.
         optimizer.register_step_pre_hook(before_step)
     return optimizer
+
+
+def _overrides(pairs: Any) -> list[tuple[str, float]]:
+    for pair in pairs:
+        match pair:
+            case [str(), int() | float() as decay] if decay >= 0:
+                continue
+        raise ConfigError(
+            f"SOLVER.WEIGHT_DECAY_OVERRIDES has {pair!r}; list pairs of a pattern for names and a "
+            "weight decay of 0 or more, such as ['*pos_embed', 0.0]"
+        )
+    return [tuple(pair) for pair in pairs]
 
 
 def _clipping(clip: CfgNode, parameters: list[nn.Parameter]) -> Callable[[], object]:

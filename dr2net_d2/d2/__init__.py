@@ -11,18 +11,31 @@ from dr2net_d2.d2.backbone import (
 )
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import register_dataset
-from dr2net_d2.d2.engine import Trainer, run
-from dr2net_d2.d2.hooks import CoefficientHook, NonFiniteGuard, PeakMemory, SeedIterations
+from dr2net_d2.d2.engine import run
+from dr2net_d2.d2.fcos import FCOS
+from dr2net_d2.d2.hooks import (
+    BestWeights,
+    CoefficientHook,
+    MovingAverage,
+    NonFiniteGuard,
+    PeakMemory,
+    SeedIterations,
+)
 from dr2net_d2.d2.lean import build_detector, make_lean
+from dr2net_d2.d2.trainer import Settings, Trainer
 
 __all__ = [
+    "BestWeights",
     "CoefficientHook",
     "Dr2NetBackbone",
     "Dr2NetCheckpointer",
     "Dr2NetPyramid",
+    "FCOS",
+    "MovingAverage",
     "NonFiniteGuard",
     "PeakMemory",
     "SeedIterations",
+    "Settings",
     "Trainer",
     "add_dr2net_config",
     "build_detector",

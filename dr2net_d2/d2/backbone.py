@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import vit as stock
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 
 from dr2net_d2.config import dr2net_arguments, lean_parts, vit_arguments
 from dr2net_d2.core import Dr2NetViT, SimpleFeaturePyramid
@@ -41,13 +43,57 @@ class Dr2NetBackbone(Dr2NetViT, _Padded):
 
 
 class Dr2NetPyramid(SimpleFeaturePyramid, _Padded):
-    """``SimpleFeaturePyramid`` as a Detectron2 backbone, levels "p<log2 of the stride>"."""
+    """The simple feature pyramid with the arguments of Detectron2's, levels "p<log2 of stride>".
+
+    Args:
+        net: a ``Dr2NetBackbone``.
+        in_feature: its feature map.
+        top_block: makes coarser levels of one; ``LastLevelMaxPool``, ``LastLevelP6P7``.
+        norm: "LN", there is no other.
+        square_pad: pad both sides of every image to a multiple of this, in px.
+        out_channels, scale_factors, lean: see ``core.SimpleFeaturePyramid``.
+    """
+
+    def __init__(
+        self,
+        net: Dr2NetBackbone,
+        in_feature: str = "last_feat",
+        out_channels: int = 256,
+        scale_factors: Sequence[float] = (4.0, 2.0, 1.0, 0.5),
+        top_block: Any = None,
+        norm: str = "LN",
+        square_pad: int = 0,
+        lean: bool = False,
+    ) -> None:
+        if norm != "LN" or in_feature != net.out_feature:
+            raise ValueError(
+                f"norm is {norm!r} and in_feature {in_feature!r}; the pyramid has 'LN' and reads "
+                f"{net.out_feature!r}"
+            )
+        super().__init__(net, out_channels, scale_factors, top_level=False, lean=lean)
+        self.size_divisibility *= math.ceil(square_pad / self.size_divisibility) or 1
+        self.top_block = top_block
+        strides = [*self.strides.values()]
+        if top_block is not None:
+            if top_block.in_feature not in self.strides:
+                raise ValueError(
+                    f"top_block reads {top_block.in_feature!r}; use one of {[*self.strides]}"
+                )
+            strides += [strides[-1] << i for i in range(1, top_block.num_levels + 1)]
+        self._output_shape = {
+            f"p{int(math.log2(stride))}": ShapeSpec(channels=out_channels, stride=stride)
+            for stride in strides
+        }
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = super().forward(x)
+        if self.top_block is None:
+            return maps
+        coarser = self.top_block(maps[self.top_block.in_feature])
+        return dict(zip(self._output_shape, (*maps.values(), *coarser), strict=True))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        return {
-            name: ShapeSpec(channels=self.out_channels, stride=stride)
-            for name, stride in self.strides.items()
-        }
+        return self._output_shape
 
 
 class StockBackbone(_Padded, stock.ViT):
@@ -72,12 +118,7 @@ def build_dr2net_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Dr2Net
     """Our ViT and the simple feature pyramid, outputs "p<n>"."""
     vit = build_dr2net_vit_backbone(cfg, input_shape)
     with config_section("MODEL.VIT"):
-        pyramid = Dr2NetPyramid(
-            vit,
-            cfg.MODEL.FPN.OUT_CHANNELS,
-            cfg.MODEL.VIT.SCALE_FACTORS,
-            lean="pyramid" in lean_parts(cfg),
-        )
+        pyramid = Dr2NetPyramid(vit, lean="pyramid" in lean_parts(cfg), **_pyramid_arguments(cfg))
     pyramid.size_divisibility = _padding(cfg, pyramid.size_divisibility)
     return pyramid
 
@@ -93,19 +134,31 @@ def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> StockBackbone:
 @BACKBONE_REGISTRY.register()
 def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> StockPyramid:
     """Detectron2's ViT and simple feature pyramid, outputs "p<n>"."""
+    pyramid = StockPyramid(build_vit_backbone(cfg, input_shape), **_pyramid_arguments(cfg))
     patch_size, scale_factors = cfg.MODEL.VIT.PATCH_SIZE, cfg.MODEL.VIT.SCALE_FACTORS
-    last_stride = int(patch_size / scale_factors[-1])
-    top_block = LastLevelMaxPool()
-    top_block.in_feature = f"p{int(math.log2(last_stride))}"
-    pyramid = StockPyramid(
-        build_vit_backbone(cfg, input_shape),
-        in_feature="last_feat",
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        scale_factors=scale_factors,
-        top_block=top_block,
-    )
-    pyramid.size_divisibility = _padding(cfg, max(patch_size, last_stride))
+    pyramid.size_divisibility = _padding(cfg, max(patch_size, int(patch_size / scale_factors[-1])))
     return pyramid
+
+
+def _pyramid_arguments(cfg: CfgNode) -> dict[str, Any]:
+    vit, channels = cfg.MODEL.VIT, cfg.MODEL.FPN.OUT_CHANNELS
+    coarsest = f"p{int(math.log2(vit.PATCH_SIZE / vit.SCALE_FACTORS[-1]))}"
+    top_blocks: dict[str, Callable[[], Any]] = {
+        "": lambda: None,
+        "LastLevelMaxPool": LastLevelMaxPool,
+        "LastLevelP6P7": lambda: LastLevelP6P7(channels, channels),
+    }
+    if vit.TOP_BLOCK not in top_blocks:
+        raise ConfigError(f"MODEL.VIT.TOP_BLOCK is {vit.TOP_BLOCK!r}; use one of {[*top_blocks]}")
+    top_block = top_blocks[vit.TOP_BLOCK]()
+    if top_block is not None:
+        top_block.in_feature = coarsest
+    return {
+        "in_feature": "last_feat",
+        "out_channels": channels,
+        "scale_factors": vit.SCALE_FACTORS,
+        "top_block": top_block,
+    }
 
 
 def _padding(cfg: CfgNode, stride: int) -> int:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import transforms as T
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import SizeMismatchError
+from fvcore.common.config import CfgNode
 from torch.utils.data import Sampler
 
 from dr2net_d2.data import load_coco, resolve_dataset
-from dr2net_d2.errors import DatasetError
+from dr2net_d2.errors import ConfigError, DatasetError
+
+logger = logging.getLogger(__name__)
 
 
 def register_dataset(name: str) -> tuple[str, ...]:
@@ -41,7 +46,22 @@ def register_dataset(name: str) -> tuple[str, ...]:
 
 
 class CheckedMapper(DatasetMapper):
-    """Detectron2's mapper; an image that cannot be read is a DatasetError with its name."""
+    """Detectron2's mapper; an image that cannot be read is a DatasetError with its name.
+
+    Built from a config it knows INPUT.LSJ as well.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        arguments: dict[str, Any] = super().from_config(cfg, is_train)
+        if is_train and cfg.INPUT.LSJ.ENABLED:
+            if cfg.INPUT.CROP.ENABLED:
+                raise ConfigError("INPUT.LSJ and INPUT.CROP are both enabled; turn off one")
+            _, *flip = arguments["augmentations"]
+            arguments["augmentations"] = [*flip, *large_scale_jittering(cfg.INPUT.LSJ)]
+            # A crop moves the edges of the objects that it cuts; only masks tell where to.
+            arguments["recompute_boxes"] = cfg.MODEL.MASK_ON
+        return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -54,20 +74,38 @@ class CheckedMapper(DatasetMapper):
         return mapped
 
 
-def skip_samples(loader: Any, count: int) -> None:
-    """Let a train loader of Detectron2 that has not started yet leave out its first samples.
+def large_scale_jittering(lsj: CfgNode) -> list[T.Augmentation]:
+    """Rescale and crop as INPUT.LSJ says; a smaller image stays unpadded, as in ViTDet's recipe.
+
+    Raises:
+        ConfigError: no side or no range of scales.
+    """
+    side, scales = lsj.IMAGE_SIZE, (lsj.MIN_SCALE, lsj.MAX_SCALE)
+    if side < 1 or not 0 < scales[0] <= scales[1]:
+        raise ConfigError(
+            f"INPUT.LSJ has IMAGE_SIZE {side} and scales {scales[0]} to {scales[1]}; it needs a "
+            "side of 1 px or more and 0 < MIN_SCALE <= MAX_SCALE"
+        )
+    return [T.ResizeScale(*scales, side, side), T.FixedSizeCrop((side, side), pad=False)]
+
+
+def skip_batches(loader: Any, count: int) -> None:
+    """Let a train loader of Detectron2 that has not started yet leave out its first batches.
 
     Exact, unless the loader groups images by aspect ratio and has both wide and tall ones, or
     workers: then a few images around the cut come twice or not at all.
 
     Args:
-        loader: from ``build_detection_train_loader``.
-        count: in samples of this process.
+        loader: from ``build_detection_train_loader``; another one is left alone, with a warning.
+        count: in batches of this process.
     """
-    samples = loader.dataset
+    samples: Any = getattr(loader, "dataset", None)
     if isinstance(loader, AspectRatioGroupedDataset):
         samples = samples.dataset
-    samples.sampler = _Skipping(samples.sampler, count)
+    if hasattr(samples, "sampler"):
+        samples.sampler = _Skipping(samples.sampler, count * loader.batch_size)
+    elif count:
+        logger.warning("the train loader is not Detectron2's: it starts from its first batch again")
 
 
 class _Skipping(Sampler[int]):

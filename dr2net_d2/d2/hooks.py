@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.env import seed_all_rng
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
+from dr2net_d2.checkpointer import StrictCheckpointer
 from dr2net_d2.core import CoefficientSchedule
 from dr2net_d2.core.memory import peak_memory_bytes
 from dr2net_d2.core.schedule import snap_to_grid
+from dr2net_d2.errors import ConfigError
 from dr2net_d2.finetuning import GradientGuard, check_losses, update_coefficients
 
 logger = logging.getLogger(__name__)
@@ -145,3 +151,88 @@ class SeedIterations(HookBase):
 
     def before_step(self) -> None:
         seed_all_rng((self._first + self.trainer.iter * self._step) % 2**32)
+
+
+class MovingAverage(HookBase):
+    """An exponential moving average of the trainable parameters; period 1.
+
+    Its state is saved with a checkpoint.
+
+    Args:
+        decay: in (0, 1), the weight of the average so far.
+        model: not wrapped.
+    """
+
+    def __init__(self, decay: float, model: nn.Module) -> None:
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._averages: dict[str, Tensor] = {}
+        self._average = get_ema_multi_avg_fn(decay)
+
+    def before_train(self) -> None:
+        for name, parameter in self._parameters.items():
+            self._averages.setdefault(name, parameter.detach().clone())
+
+    def after_step(self) -> None:
+        values = [parameter.detach() for parameter in self._parameters.values()]
+        self._average([*self._averages.values()], values, 0)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the model has the averages for parameters."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.data, self._averages[name] = self._averages[name], parameter.data
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._averages
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        if state_dict.keys() != self._parameters.keys():
+            raise ValueError("the moving average of the weights is of other parameters")
+        for name, average in state_dict.items():
+            self._averages[name] = average.to(self._parameters[name])
+
+
+class BestWeights(HookBase):
+    """Keeps the weights of the best evaluation in model_best.pth; ``update`` is its period.
+
+    Args:
+        metric: a result such as "bbox/AP"; more is better, nan is never best.
+        checkpointer: of the model alone.
+    """
+
+    def __init__(self, metric: str, checkpointer: StrictCheckpointer) -> None:
+        self._metric = metric
+        self._checkpointer = checkpointer
+        self._best = -math.inf
+
+    def update(self, results: Mapping[str, Any], iteration: int) -> None:
+        """To be called with the results of an evaluation; empty ones are left alone.
+
+        Raises:
+            ConfigError: the metric is not among the results.
+        """
+        if not results:
+            return
+        values = flatten_results_dict(results)
+        if self._metric not in values:
+            raise ConfigError(
+                f"the best checkpoint is to be the best in {self._metric!r}, but results are "
+                f"{', '.join(values)}; choose one of them"
+            )
+        if values[self._metric] > self._best:
+            self._best = values[self._metric]
+            logger.info("iteration %d: best %s so far, %g", iteration, self._metric, self._best)
+            self._checkpointer.save_weights("model_best")
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
+        self._best = state_dict["best"]

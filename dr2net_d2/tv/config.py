@@ -198,6 +198,11 @@ _CHOICES = {
     "MODEL.ROI_BOX_HEAD.NORM": ("", "LN"),
     "INPUT.FORMAT": ("BGR", "RGB"),
     "INPUT.RANDOM_FLIP": ("horizontal", "none"),
+    "INPUT.LSJ.ENABLED": (False,),
+    "MODEL.VIT.TOP_BLOCK": ("LastLevelMaxPool",),
+    "SOLVER.ACCUMULATION_STEPS": (1,),
+    "SOLVER.EMA_DECAY": (0.0,),
+    "TEST.BEST_CHECKPOINT": ("",),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
 }

@@ -115,7 +115,7 @@ def _check_splits(
     names = [*([] if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     categories = [split.content.categories for split in (*train, *test)]
     datasets = dict(zip(names, categories, strict=True))
-    check_categories(datasets, "ROI_HEADS", cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    check_categories(datasets, "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 
 
 def _records(cfg: CfgNode, splits: Sequence[Split]) -> list[CocoRecord]:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dr2net_d2.checkpointer import StrictCheckpointer
-from dr2net_d2.config import coefficient_schedule
+from dr2net_d2.config import amp_dtype, coefficient_schedule
 from dr2net_d2.core.memory import peak_memory_bytes
 from dr2net_d2.core.replay import rng_state, set_rng_state
 from dr2net_d2.data import CocoRecord
@@ -68,15 +68,17 @@ class Training:
         self.records = records
         self.seed = seed
         self.device = next(model.parameters()).device
-        self.schedule: Callable[[float], tuple[float, float]] = coefficient_schedule(cfg)
+        self.schedule: Callable[[float], tuple[float, float]] = coefficient_schedule(
+            cfg, lambda: len(records)
+        )
         self.multiplier = lr_multiplier(cfg)
         with config_section("SOLVER"):
             self.optimizer = build_optimizer(cfg, model)
         self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self.amp = cfg.SOLVER.AMP.ENABLED
-        cuda = self.device.type == "cuda"
-        self.amp_dtype = torch.float16 if cuda else torch.bfloat16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp and cuda)
+        amp = cfg.SOLVER.AMP
+        self.amp_dtype = amp_dtype(amp.ENABLED, amp.DTYPE, cfg.MODEL.DEVICE)
+        scaled = self.amp_dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.guard = GradientGuard()
         self.checkpointer = StrictCheckpointer(
             model,
@@ -174,7 +176,7 @@ class Training:
             {name: tensor.to(self.device, non_blocking=True) for name, tensor in target.items()}
             for target in targets
         ]
-        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp):
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
             losses = self.model(images, targets)
             losses["total_loss"] = torch.stack(list(losses.values())).sum()
         values = check_losses(losses)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_net
-from dr2net_d2.d2 import engine, run
+from dr2net_d2.d2 import engine, run, yaml_experiment
 from tests.d2.tiny import arguments, launch_one, write_yaml
 from tests.poison import (
     EARLY,
@@ -32,7 +32,7 @@ def train(tmp_path, monkeypatch):
     """``train(change, "KEY", "VALUE", ...)``: a training whose model goes through ``change``."""
 
     def train(change, *opts):
-        build_model = engine.build_detector
+        build_model = yaml_experiment.build_detector
 
         def changed(cfg):
             model = build_model(cfg)
@@ -40,7 +40,7 @@ def train(tmp_path, monkeypatch):
             return model
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "build_detector", changed)
+            patch.setattr(yaml_experiment, "build_detector", changed)
             return run(arguments(tmp_path, "TEST.EVAL_PERIOD", 0, *opts))
 
     return train

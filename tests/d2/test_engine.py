@@ -10,8 +10,9 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
-from dr2net_d2.d2 import Trainer, register_dataset, run
+from dr2net_d2.d2 import register_dataset, run
 from dr2net_d2.d2.hooks import CoefficientHook
+from dr2net_d2.d2.yaml_experiment import build_evaluator
 from dr2net_d2.data import register_coco_json, resolve_dataset
 from dr2net_d2.errors import ConfigError, DatasetError, UserError, WeightsError
 from dr2net_d2.evaluation import evaluate_boxes
@@ -104,7 +105,7 @@ def test_detectron2s_evaluation_counts_like_ours(tmp_path):
     for detections_per_image in (15, 300):
         cfg = tiny_cfg(tmp_path, "TEST.DETECTIONS_PER_IMAGE", detections_per_image)
         cfg.OUTPUT_DIR = str(tmp_path)
-        evaluator = Trainer.build_evaluator(cfg, name)
+        evaluator = build_evaluator(cfg, name)
         evaluator.reset()
         generator = torch.Generator().manual_seed(0)
         for row in DatasetCatalog.get(name):
@@ -203,11 +204,11 @@ REFUSED = {
     "unknown key": (ConfigError, r"MODEL.VITT", ("MODEL.VITT", 1), {}),
     "half a pair": (ConfigError, r"KEY VALUE pairs", ("SEED",), {}),
     "type": (ConfigError, r"SEED", ("SEED", "one"), {}),
-    "no gpu": (ConfigError, r"is 'cuda', .*MODEL.DEVICE cpu", ("MODEL.DEVICE", "cuda"), {}),
+    "no gpu": (ConfigError, r"is 'cuda', .*MODEL.DEVICE to cpu", ("MODEL.DEVICE", "cuda"), {}),
     "device": (ConfigError, r"DEVICE is 'gpu'; use cuda or cpu", ("MODEL.DEVICE", "gpu"), {}),
     "two gpus": (ConfigError, r"--num-gpus is 2, .* 0 CUDA GPUs.*use 1", (), {"num_gpus": 2}),
     "zero gpus": (ConfigError, r"--num-gpus is 0", (), {"num_gpus": 0}),
-    "amp": (ConfigError, r"SOLVER.AMP.ENABLED", ("SOLVER.AMP.ENABLED", True), {}),
+    "amp": (ConfigError, r"float16 is.*SOLVER.AMP.DTYPE", ("SOLVER.AMP.ENABLED", True), {}),
     "train set": (ConfigError, r"DATASETS.TRAIN is empty", ("DATASETS.TRAIN", ()), {}),
     "test set": (ConfigError, r"TEST is empty", ("DATASETS.TEST", ()), {"eval_only": True}),
     "dataset": (DatasetError, r"'digits' is not known", ("DATASETS.TRAIN", ("digits",)), {}),
@@ -227,7 +228,7 @@ REFUSED = {
     "clipping": (ConfigError, r"CLIP_TYPE is .all.",
                  (f"{CLIP}.ENABLED", True, f"{CLIP}.CLIP_TYPE", "all"), {}),
     "batch": (ConfigError, r"SOLVER.IMS_PER_BATCH is 0", ("SOLVER.IMS_PER_BATCH", 0), {}),
-    "length": (ConfigError, r"SOLVER.MAX_ITER is 0", ("SOLVER.MAX_ITER", 0), {}),
+    "length": (ConfigError, r"SOLVER: max_iter is 0", ("SOLVER.MAX_ITER", 0), {}),
 }  # fmt: skip
 
 
@@ -263,7 +264,7 @@ def test_an_image_that_cannot_be_read_is_a_dataset_error_with_its_name(tmp_path,
 
 def test_an_output_dir_that_cannot_be_written_is_a_config_error(tmp_path):
     (tmp_path / "output").write_text("a file")
-    with pytest.raises(ConfigError, match=r"OUTPUT_DIR .*cannot be written"):
+    with pytest.raises(ConfigError, match=r"output folder .*cannot be written"):
         run(arguments(tmp_path))
 
 

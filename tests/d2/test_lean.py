@@ -17,10 +17,11 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dr2net_d2.commands import load_config
 from dr2net_d2.config import LEAN_PARTS
 from dr2net_d2.core.memory import count_saved_bytes
 from dr2net_d2.d2 import lean, make_lean
-from dr2net_d2.d2.engine import _checked_model
+from dr2net_d2.d2.yaml_experiment import YamlExperiment
 from dr2net_d2.errors import ConfigError
 from tests.d2.tiny import arguments, batch, tiny_cfg
 
@@ -278,14 +279,17 @@ def test_a_step_that_matches_in_chunks_is_the_same(tmp_path, monkeypatch):
     ],
 )
 def test_the_engine_leaves_stock_detectors_stock(tmp_path, name, types):
-    args = arguments(tmp_path, "MODEL.BACKBONE.NAME", name)
-    cfg = tiny_cfg(tmp_path, *args.opts)
-    model = _checked_model(cfg, args)
+    model = YamlExperiment(arguments(tmp_path, "MODEL.BACKBONE.NAME", name)).model
     assert (getattr(model.backbone, "lean", None), type(model.proposal_generator)) == types
 
 
-@pytest.mark.parametrize("check", [_checked_model, lambda cfg, _: build_model(cfg)])
+@pytest.mark.parametrize(
+    "check",
+    [
+        YamlExperiment,
+        lambda args: build_model(load_config(args.config_file, args.opts, "detectron2")),
+    ],
+)
 def test_an_unknown_part_in_the_config_is_a_config_error(tmp_path, check):
-    args = arguments(tmp_path, "MODEL.DR2NET.LEAN", "['rpn', 'heads']")
     with pytest.raises(ConfigError, match=r"MODEL.DR2NET.LEAN has 'heads'; list some of"):
-        check(tiny_cfg(tmp_path, *args.opts), args)
+        check(arguments(tmp_path, "MODEL.DR2NET.LEAN", "['rpn', 'heads']"))

@@ -7,8 +7,8 @@ from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver import build_lr_scheduler, get_default_optimizer_params
 from torch import nn
 
-from dr2net_d2.d2 import Trainer
-from dr2net_d2.optimizer import layer_decay_factor, parameter_groups
+from dr2net_d2.errors import ConfigError
+from dr2net_d2.optimizer import build_optimizer, layer_decay_factor, parameter_groups
 from dr2net_d2.tv.lr_schedule import lr_multiplier
 from tests.d2.tiny import tiny_cfg
 
@@ -42,9 +42,31 @@ def test_parameter_groups_are_detectron2s(model):
         lr_factor_func=lambda name: get_vit_lr_decay_rate(name, 0.7, 2),
         overrides={"pos_embed": {"weight_decay": 0.0}},
     )
-    actual = settings(parameter_groups(model, 0.1, 0.05, 0.0, 0.7, 2))
+    actual = settings(parameter_groups(model, 0.1, 0.05, 0.0, 0.7, 2, [("*pos_embed", 0.0)]))
     assert actual == settings(expected)
     assert actual.keys() == set(model.parameters())
+
+
+def test_the_last_override_that_fits_a_name_counts(tmp_path, model):
+    overrides = [["*", 0.3], ["*rel_pos_?", 0.2], ["backbone.*rel_pos_h", 0.0], ["bias", 0.7]]
+    cfg = tiny_cfg(tmp_path, "SOLVER.WEIGHT_DECAY_OVERRIDES", overrides)
+    optimizer = build_optimizer(cfg, model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decays = {
+        names[parameter]: group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert {decay for name, decay in decays.items() if name.endswith("rel_pos_h")} == {0.0}
+    assert {decay for name, decay in decays.items() if name.endswith("rel_pos_w")} == {0.2}
+    assert {decay for name, decay in decays.items() if "rel_pos" not in name} == {0.3}
+
+
+@pytest.mark.parametrize("pair", [["*"], ["*", -1.0], [0.0, "*"], "pos_embed"])
+def test_an_override_that_is_not_a_pair_is_refused(tmp_path, model, pair):
+    cfg = tiny_cfg(tmp_path, "SOLVER.WEIGHT_DECAY_OVERRIDES", [pair])
+    with pytest.raises(ConfigError, match=r"WEIGHT_DECAY_OVERRIDES has .*'\*pos_embed', 0.0"):
+        build_optimizer(cfg, model)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +106,7 @@ def test_gradients_are_clipped_at_every_step(tmp_path, kind, expected):
     opts += ["SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 1.0, "SOLVER.MOMENTUM", 0.0]
     cfg = tiny_cfg(tmp_path, *opts, "SOLVER.WEIGHT_DECAY", 0.0)
     model = nn.ParameterList(torch.zeros(1) for _ in range(3))
-    optimizer = Trainer.build_optimizer(cfg, model)
+    optimizer = build_optimizer(cfg, model)
     for parameter, gradient in zip(model, [3.0, 4.0, 12.0], strict=True):
         parameter.grad = torch.tensor([gradient])
     optimizer.step()

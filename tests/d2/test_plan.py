@@ -7,8 +7,9 @@ from detectron2.utils.events import EventStorage
 
 from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.memory import count_saved_bytes, peak_tensor_bytes
-from dr2net_d2.d2 import Trainer, build_detector
+from dr2net_d2.d2 import build_detector
 from dr2net_d2.errors import ConfigError
+from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.planner import ARMS, Planner, predict
 from tests.d2 import tiny
 
@@ -31,7 +32,7 @@ def real_iteration(cfg, size, images, objects):
     model = build_detector(cfg)
     if "dr2net" in cfg.MODEL.BACKBONE.NAME:
         model.backbone.net.coefficients.set(0.5, 0.5)
-    optimizer = Trainer.build_optimizer(cfg, model)
+    optimizer = build_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["foreach"] = True
     inputs = tiny.batch(*[(size, size)] * images, objects=objects)

@@ -60,7 +60,7 @@ def test_a_gradient_stops_the_training_before_the_step(train, output, amp):
 
     message = rf"^iteration 4: the gradient of {LATE} is nan in 1 of 3072 .* 2 non-finite.*BASE_LR"
     with pytest.raises(FloatingPointError, match=message):
-        train(change, "SOLVER.AMP.ENABLED", amp)
+        train(change, "SOLVER.AMP.ENABLED", amp, "SOLVER.AMP.DTYPE", "bfloat16")
     saved = finite_checkpoint(output, FOURTH)
     for name, parameter in models[0].named_parameters():
         assert torch.equal(parameter, saved[name]), name
@@ -118,7 +118,7 @@ def test_steps_that_a_scaler_skips_are_counted(train, output, monkeypatch, caplo
         poison_gradient(model, EARLY, math.inf, 0, 3, 5)
         model.register_forward_pre_hook(lambda *_: weights.append(copies(model)))
 
-    opts = ("SOLVER.AMP.ENABLED", "True", "DATASETS.TEST", "()")
+    opts = ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16", "DATASETS.TEST", "()")
     train(change, *opts)
     moved = [not all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
     assert moved == [False, True, True, False, True, False, True]

@@ -117,7 +117,8 @@ def test_eval_only_equals_the_final_evaluation(finished, arguments, tmp_path):
 
 
 def test_autocast_and_the_plain_network_train_too(arguments, tmp_path):
-    opts = ("SOLVER.AMP.ENABLED", "True", "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()")
+    opts = ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16", "SOLVER.MAX_ITER", "2")
+    opts += ("DATASETS.TEST", "()")
     for number, reversible in enumerate(("True", "False")):
         folder = tmp_path / str(number)
         output = ("OUTPUT_DIR", str(folder), "MODEL.DR2NET.REVERSIBLE", reversible)

@@ -1,0 +1,58 @@
+"""What can be wrong in a config of either style, found before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from detectron2.utils import comm
+
+from dr2net_d2.config import check_categories
+from dr2net_d2.d2.data import register_dataset
+from dr2net_d2.errors import ConfigError
+
+
+def check_device(key: str, name: str) -> None:
+    """Refuse a device that torch does not know or this machine does not have.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ConfigError(f"{key} is {name!r}; use cuda or cpu") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{key} is {name!r}, but no CUDA GPU can be used here; set {key} to cpu")
+
+
+def check_batch_size(key: str, images: int, accumulation_steps: int) -> int:
+    """The images of all processes that go through the network at once.
+
+    Args:
+        key: of ``images``, those of an iteration.
+
+    Raises:
+        ConfigError: they cannot be divided among the processes and the steps.
+    """
+    processes = comm.get_world_size()
+    if accumulation_steps < 1 or images < 1 or images % (processes * accumulation_steps):
+        raise ConfigError(
+            f"{key} is {images}; it must be a positive multiple of the {processes} processes "
+            f"times the {accumulation_steps} accumulation steps"
+        )
+    return images // accumulation_steps
+
+
+def check_datasets(key: str, num_classes: int, names: Iterable[str]) -> None:
+    """Register datasets, and refuse what is missing, damaged or of other categories.
+
+    Args:
+        key: of ``num_classes``.
+
+    Raises:
+        DatasetError: see ``register_dataset``.
+        ConfigError: see ``check_categories``.
+    """
+    found = {name: categories for name in names if (categories := register_dataset(name))}
+    check_categories(found, key, num_classes)

@@ -1,0 +1,179 @@
+"""A YAML config of Detectron2's: checked, and translated to what ``Trainer`` takes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
+)
+from detectron2.solver import build_lr_scheduler
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from fvcore.common.config import CfgNode
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+
+from dr2net_d2.checkpointer import locate_weights
+from dr2net_d2.commands import load_config
+from dr2net_d2.config import amp_dtype, check_weights_to_evaluate, coefficient_schedule, lean_parts
+from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_device
+from dr2net_d2.d2.data import CheckedMapper
+from dr2net_d2.d2.lean import build_detector
+from dr2net_d2.d2.trainer import Results, Settings, Trainer
+from dr2net_d2.errors import ConfigError, config_section
+from dr2net_d2.optimizer import build_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+class YamlExperiment:
+    """A training, or an evaluation, that a YAML config describes. Nothing has been written yet.
+
+    Args:
+        args: of ``engine.run``.
+
+    Attributes:
+        cfg: frozen.
+        settings: of the training.
+        weights: MODEL.WEIGHTS.
+        model: the detector on its device, without the weights.
+
+    Raises:
+        UserError: the config, a dataset or the path of the weights cannot be used.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        cfg = load_config(args.config_file, args.opts, "detectron2")
+        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg.freeze()
+        self.weights = cfg.MODEL.WEIGHTS
+        lean_parts(cfg)
+        check_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
+        self._check_datasets(("TEST",) if args.eval_only else ("TRAIN", "TEST"))
+        self.settings = self._settings()
+        resuming = args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
+        if args.eval_only:
+            check_weights_to_evaluate(cfg, resuming)
+        else:
+            steps = cfg.SOLVER.ACCUMULATION_STEPS
+            self._batch = check_batch_size("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, steps)
+        if not resuming:
+            locate_weights(self.weights)
+        seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+        self.model = build_detector(cfg)
+        if not args.eval_only:
+            with config_section("SOLVER"):
+                self._optimizer = build_optimizer(cfg, self.model)
+                self._lr_scheduler = build_lr_scheduler(cfg, self._optimizer)
+
+    def _settings(self) -> Settings:
+        cfg = self.cfg
+        solver = cfg.SOLVER
+        with config_section("SOLVER"):
+            return Settings(
+                output_dir=cfg.OUTPUT_DIR,
+                max_iter=solver.MAX_ITER,
+                schedule=coefficient_schedule(cfg, self._count_images),
+                seed=cfg.SEED,
+                amp_dtype=amp_dtype(solver.AMP.ENABLED, solver.AMP.DTYPE, cfg.MODEL.DEVICE),
+                accumulation_steps=solver.ACCUMULATION_STEPS,
+                ema_decay=solver.EMA_DECAY,
+                eval_period=cfg.TEST.EVAL_PERIOD,
+                checkpoint_period=solver.CHECKPOINT_PERIOD,
+                best_metric=cfg.TEST.BEST_CHECKPOINT,
+                allow_partial=cfg.MODEL.DR2NET.ALLOW_PARTIAL,
+            )
+
+    def _check_datasets(self, splits: tuple[str, ...]) -> None:
+        cfg = self.cfg
+        if not cfg.DATASETS[splits[0]]:
+            raise ConfigError(f"DATASETS.{splits[0]} is empty; name at least one dataset")
+        section = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(
+            cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS"
+        )
+        names = [name for split in splits for name in cfg.DATASETS[split]]
+        key = f"MODEL.{section}.NUM_CLASSES"
+        check_datasets(key, cfg.MODEL[section].NUM_CLASSES, names)
+
+    def _count_images(self) -> int:
+        filter_empty = self.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        return len(get_detection_dataset_dicts(self.cfg.DATASETS.TRAIN, filter_empty))
+
+    def trainer(self) -> Trainer:
+        """Reads the training images' annotations."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.IMS_PER_BATCH = self._batch
+
+        def train_loader() -> Any:
+            # With a generator of its own the loader leaves the global one alone when it starts.
+            seed = cfg.SEED if cfg.SEED >= 0 else None
+            return build_detection_train_loader(cfg, mapper=CheckedMapper(cfg, True), seed=seed)
+
+        extra: list[HookBase] = []
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+            count = cfg.TEST.PRECISE_BN.NUM_ITER
+            extra.append(hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, train_loader(), count))
+        return Trainer(
+            self.model,
+            self._optimizer,
+            self._lr_scheduler,
+            train_loader(),
+            self.evaluate,
+            self.settings,
+            extra,
+        )
+
+    def evaluate(self, model: nn.Module) -> Results:
+        """Detectron2's results, under the names of the datasets if there are several."""
+        results: Results = OrderedDict()
+        for name in self.cfg.DATASETS.TEST:
+            mapper = CheckedMapper(self.cfg, False)
+            loader = build_detection_test_loader(self.cfg, name, mapper=mapper)
+            results[name] = inference_on_dataset(model, loader, build_evaluator(self.cfg, name))
+            if comm.is_main_process():
+                logger.info("Results on %s:", name)
+                print_csv_format(results[name])
+        return next(iter(results.values())) if len(results) == 1 else results
+
+    def verify(self, results: Results) -> None:
+        """End the process with code 1 if results are not those of TEST.EXPECTED_RESULTS."""
+        verify_results(self.cfg, results)
+
+    def test_set(self) -> str | None:
+        """The dataset that was evaluated last."""
+        return self.cfg.DATASETS.TEST[-1] if self.cfg.DATASETS.TEST else None
+
+
+def build_evaluator(cfg: CfgNode, dataset: str) -> DatasetEvaluator:
+    """The evaluator for a registered dataset, in COCO or LVIS format.
+
+    Raises:
+        ConfigError: it is in another format.
+    """
+    kind = MetadataCatalog.get(dataset).get("evaluator_type")
+    kinds = {"coco": COCOEvaluator, "lvis": LVISEvaluator}
+    if kind not in kinds:
+        raise ConfigError(
+            f"DATASETS.TEST has {dataset}, whose format {kind!r} cannot be evaluated; use one in "
+            "COCO or LVIS format"
+        )
+    folder, most = str(Path(cfg.OUTPUT_DIR, "inference")), cfg.TEST.DETECTIONS_PER_IMAGE
+    return kinds[kind](dataset, output_dir=folder, max_dets_per_image=most)
