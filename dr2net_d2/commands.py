@@ -60,8 +60,13 @@ def load_config(config_file: str, overrides: Sequence[str], engine: str) -> CfgN
         engine: as ``choose_engine`` gives it.
 
     Raises:
-        ConfigError: see ``merge_config``.
+        ConfigError: a LazyConfig; see also ``merge_config``.
     """
+    if config_file.endswith(".py"):
+        raise ConfigError(
+            f"{config_file} is a LazyConfig, which only train_net.py with Detectron2 takes; give a "
+            "YAML file"
+        )
     if engine == "torchvision":
         from dr2net_d2.tv.config import get_cfg
 

@@ -113,6 +113,8 @@ def _add_recipe_config(cfg: CfgNode) -> None:
     cfg.SOLVER.ACCUMULATION_STEPS = 1
     # Of the moving average of the weights, which is evaluated and kept in place of them; 0: none.
     cfg.SOLVER.EMA_DECAY = 0.0
+    # Send gradients between GPUs in half precision.
+    cfg.SOLVER.FP16_COMPRESSION = False
     # "float16", with loss scaling, or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 from detectron2.layers import ShapeSpec
@@ -164,10 +164,11 @@ def _pyramid_arguments(cfg: CfgNode) -> dict[str, Any]:
 def _padding(cfg: CfgNode, stride: int) -> int:
     """The multiple of px that images are padded to: the stride, or a square of whole strides."""
     square = math.ceil(cfg.MODEL.VIT.SQUARE_PAD / stride) * stride
-    for key in ("MAX_SIZE_TRAIN", "MAX_SIZE_TEST"):
-        if 0 < square < cfg.INPUT[key]:
+    train = "LSJ.IMAGE_SIZE" if cfg.INPUT.LSJ.ENABLED else "MAX_SIZE_TRAIN"
+    for key in (train, "MAX_SIZE_TEST"):
+        if 0 < square < (longest := reduce(getattr, key.split("."), cfg.INPUT)):
             raise ConfigError(
-                f"INPUT.{key} is {cfg.INPUT[key]} and MODEL.VIT.SQUARE_PAD {square}: larger images "
+                f"INPUT.{key} is {longest} and MODEL.VIT.SQUARE_PAD {square}: larger images "
                 "would need several squares; lower the one or raise the other (0 pads to strides)"
             )
     return square or stride

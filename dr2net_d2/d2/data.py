@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
@@ -37,12 +39,26 @@ def register_dataset(name: str) -> tuple[str, ...]:
     if name in DatasetCatalog:
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") != "coco":
+            _check_lvis(name)
             return tuple(metadata.get("thing_classes", ()))
         return load_coco(metadata.json_file, metadata.image_root).categories
     json_file, image_root = resolve_dataset(name)
     categories = load_coco(json_file, image_root).categories
     register_coco_instances(name, {}, str(json_file), str(image_root))
     return categories
+
+
+def _check_lvis(name: str) -> None:
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") != "lvis":
+        return
+    if importlib.util.find_spec("lvis") is None:
+        raise DatasetError(f"dataset {name} needs the package lvis: pip install lvis")
+    if not Path(metadata.json_file).is_file():
+        raise DatasetError(
+            f"{metadata.json_file}: no such file; put LVIS under the folder that "
+            "DETECTRON2_DATASETS names"
+        )
 
 
 class CheckedMapper(DatasetMapper):

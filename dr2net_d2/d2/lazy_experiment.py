@@ -50,8 +50,8 @@ class LazyExperiment:
 
     It reads the fields of Detectron2's tools/lazyconfig_train_net.py, so its own configs run. Ours
     may have besides, with their defaults elsewhere: train.seed, train.amp.dtype,
-    train.accumulation_steps, train.ema_decay, train.best_metric, and dr2net.{schedule, lean,
-    allow_partial}.
+    train.accumulation_steps, train.ema_decay, train.best_metric, train.expected_results, and
+    dr2net.{schedule, lean, allow_partial}.
 
     Args:
         args: of ``engine.run``.
@@ -115,6 +115,7 @@ class LazyExperiment:
                 max_checkpoints=train.checkpointer.get("max_to_keep"),
                 log_period=train.log_period,
                 best_metric=train.get("best_metric", ""),
+                expected_results=train.get("expected_results", ()),
                 allow_partial=[*self._own.get("allow_partial", ())],
                 ddp=train.ddp,
             )
@@ -158,9 +159,6 @@ class LazyExperiment:
         if comm.is_main_process():
             print_csv_format(results)
         return results
-
-    def verify(self, results: Results) -> None:
-        """A LazyConfig expects no results."""
 
     def test_set(self) -> str | None:
         """The dataset that was evaluated."""
@@ -207,7 +205,7 @@ def _check_key(cfg: DictConfig, key: str) -> None:
 
 
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "train": ("seed", "accumulation_steps", "ema_decay", "best_metric"),
+    "train": ("seed", "accumulation_steps", "ema_decay", "best_metric", "expected_results"),
     "train.amp": ("dtype",),
 }
 """Fields that Detectron2's configs lack and ``LazyExperiment`` reads."""

@@ -52,6 +52,7 @@ class Settings:
         max_checkpoints: periodic ones to keep; None keeps all.
         best_metric: the result, such as "bbox/AP", whose best weights are kept; "" keeps none.
         allow_partial: see ``StrictCheckpointer``.
+        expected_results: rows of task, metric, value, tolerance; the command fails without them.
         ddp: arguments of DistributedDataParallel, and Detectron2's ``fp16_compression``.
 
     Raises:
@@ -71,6 +72,7 @@ class Settings:
     log_period: int = 20
     best_metric: str = ""
     allow_partial: Sequence[str] = ()
+    expected_results: Sequence[Sequence[Any]] = ()
     ddp: Mapping[str, Any] = field(default_factory=lambda: {"broadcast_buffers": False})
 
     def __post_init__(self) -> None:

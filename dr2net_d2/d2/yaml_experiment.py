@@ -21,7 +21,6 @@ from detectron2.evaluation import (
     LVISEvaluator,
     inference_on_dataset,
     print_csv_format,
-    verify_results,
 )
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
@@ -99,6 +98,11 @@ class YamlExperiment:
                 checkpoint_period=solver.CHECKPOINT_PERIOD,
                 best_metric=cfg.TEST.BEST_CHECKPOINT,
                 allow_partial=cfg.MODEL.DR2NET.ALLOW_PARTIAL,
+                expected_results=cfg.TEST.EXPECTED_RESULTS,
+                ddp={
+                    "broadcast_buffers": False,
+                    "fp16_compression": solver.FP16_COMPRESSION,
+                },
             )
 
     def _check_datasets(self, splits: tuple[str, ...]) -> None:
@@ -152,10 +156,6 @@ class YamlExperiment:
                 logger.info("Results on %s:", name)
                 print_csv_format(results[name])
         return next(iter(results.values())) if len(results) == 1 else results
-
-    def verify(self, results: Results) -> None:
-        """End the process with code 1 if results are not those of TEST.EXPECTED_RESULTS."""
-        verify_results(self.cfg, results)
 
     def test_set(self) -> str | None:
         """The dataset that was evaluated last."""
