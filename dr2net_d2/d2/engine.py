@@ -37,6 +37,7 @@ from dr2net_d2.config import (
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import CheckedMapper, register_dataset, skip_samples
 from dr2net_d2.d2.hooks import CoefficientHook, NonFiniteGuard, PeakMemory, SeedIterations
+from dr2net_d2.d2.inference import check_tta, evaluate_with_tta
 from dr2net_d2.d2.lean import build_detector
 from dr2net_d2.errors import ConfigError, UserError, WeightsError, config_section
 from dr2net_d2.finetuning import divergence_at
@@ -115,6 +116,8 @@ def _train_or_evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.eval_only:
         _checkpointer(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results |= evaluate_with_tta(Trainer, cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
     else:
@@ -156,7 +159,12 @@ class Trainer(DefaultTrainer):
         if self.cfg.SEED >= 0:
             ours.append(SeedIterations(self.cfg.SEED, comm.get_rank(), comm.get_world_size()))
         timer, *others = super().build_hooks()
-        return [timer, *ours, *others]
+        hooks = [timer, *ours, *others]
+        if self.cfg.TEST.AUG.ENABLED:
+            # Behind the ordinary evaluation, before the writer of its results.
+            place = next(i for i, hook in enumerate(hooks, 1) if isinstance(hook, EvalHook))
+            hooks.insert(place, EvalHook(0, self._evaluate_with_tta))
+        return hooks
 
     def resume_or_load(self, resume: bool = True) -> None:
         self.iter = -1
@@ -196,6 +204,11 @@ class Trainer(DefaultTrainer):
             self._hooks: list[HookBase] = [h for h in self._hooks if not isinstance(h, EvalHook)]
         super().after_train()
 
+    def _evaluate_with_tta(self) -> dict[str, Any]:
+        results = evaluate_with_tta(type(self), self.cfg, self.model)
+        self._last_eval_results |= results
+        return results
+
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
@@ -212,10 +225,12 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> COCOEvaluator:
         return COCOEvaluator(
             dataset_name,
-            output_dir=_inference_dir(cfg),
+            output_dir=output_folder or _inference_dir(cfg),
             max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
         )
 
@@ -259,6 +274,8 @@ def _checked_model(cfg: CfgNode, args: argparse.Namespace) -> nn.Module:
         locate_weights(cfg.MODEL.WEIGHTS)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     model = build_detector(cfg)
+    if cfg.TEST.AUG.ENABLED:
+        check_tta(cfg, model)
     if not args.eval_only:
         with config_section("SOLVER"):
             Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))
