@@ -78,12 +78,12 @@ def place_labels(
             [(x, y) for y in (y0 - 1 - height, y1 + 2) for x in columns]
             + [(x, y) for x in (x1 + 2, x0 - 1 - width) for y in (y0 - 1, y1 + 1 - height)]
         )
-        corners = np.clip(corners, 0, np.maximum(np.subtract(size, (width, height)), 0))
-        ends = corners + (width, height)
-        overlap = np.minimum(ends[:, None], taken[:, 2:]) - np.maximum(
-            corners[:, None], taken[:, :2]
-        )
-        best = overlap.clip(0).prod(axis=2).sum(axis=1).argmin()
+        extent = np.array([width, height])
+        corners = np.clip(corners, 0, np.maximum(size - extent, 0))
+        ends = corners + extent
+        starts = np.maximum(corners[:, None], taken[:, :2])
+        overlaps = (np.minimum(ends[:, None], taken[:, 2:]) - starts).clip(0).prod(axis=2)
+        best = overlaps.sum(axis=1).argmin()
         places.append((int(corners[best, 0]), int(corners[best, 1])))
         taken = np.vstack([taken, [*corners[best], *ends[best]]])
     return places

@@ -87,7 +87,9 @@ def check_tta(cfg: CfgNode, model: nn.Module) -> None:
         raise ConfigError(f"TEST.AUG.ENABLED needs {reason}; set TEST.AUG.ENABLED False")
 
 
-def evaluate_with_tta(trainer: type[DefaultTrainer], cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+def evaluate_with_tta(
+    trainer: type[DefaultTrainer], cfg: CfgNode, model: nn.Module
+) -> dict[str, Any]:
     """Evaluate with the sizes and flips of TEST.AUG, as Detectron2's own tools do.
 
     Args:
@@ -117,6 +119,7 @@ def without_cropping(model: nn.Module) -> nn.Module:
     Returns:
         ``model``.
     """
+    module: Any
     for module in model.modules():
         if type(module) is stock.SimpleFeaturePyramid:
             asked = module.padding_constraints
