@@ -18,7 +18,7 @@ from dr2net_d2.commands import choose_engine, load_config, torch_device
 from dr2net_d2.errors import ConfigError, DatasetError
 
 ENGINES = {"detectron2": "dr2net_d2.d2.inference", "torchvision": "dr2net_d2.tv.inference"}
-"""Engine -> its module with ``load_detector`` and ``Predictor``."""
+"""Engine -> its module with ``load_detector``, ``stride`` and a ``Predictor``."""
 
 
 @dataclass(frozen=True, eq=False)

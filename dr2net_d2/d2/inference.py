@@ -19,6 +19,7 @@ from dr2net_d2.d2.backbone import StockPyramid
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import register_dataset
 from dr2net_d2.d2.lean import build_detector
+from dr2net_d2.d2.planning import stride  # noqa: F401  the command that exports asks for it
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.inference import Detections, category_names, load_weights
 

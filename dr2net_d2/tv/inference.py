@@ -11,6 +11,7 @@ from dr2net_d2.checkpointer import StrictCheckpointer
 from dr2net_d2.inference import Detections, category_names, load_weights
 from dr2net_d2.tv.dataset import as_tensor, load_split
 from dr2net_d2.tv.model import build_model
+from dr2net_d2.tv.planning import stride  # noqa: F401  the command that exports asks for it
 
 
 def load_detector(cfg: CfgNode) -> nn.Module:
