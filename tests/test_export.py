@@ -29,7 +29,7 @@ def elsewhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def network(beta, depth=3):
+def network(beta, depth=2):
     """Relative positions, windows that do not divide 4 x 6 tokens, another pretraining size."""
     torch.manual_seed(0)
     vit = Dr2NetViT(
