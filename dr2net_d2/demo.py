@@ -117,14 +117,14 @@ def choose_outputs(inputs: Sequence[Path | int], output: str) -> list[Path]:
 
     Args:
         inputs: files, or the number of a camera.
-        output: a folder, or a file of a suffix that can be written.
+        output: a folder, or a file by the suffix of an image or video.
 
     Raises:
         ConfigError: one file for several inputs or for another kind of input, two inputs of one
             name, a file that would replace an input.
     """
     path = Path(output).expanduser()
-    if path.is_dir() or path.suffix.lower() not in (*IMAGES, *CODECS):
+    if path.is_dir() or path.suffix.lower() not in (*IMAGES, *VIDEOS):
         outputs = [path / _drawn_name(given) for given in inputs]
     else:
         allowed = CODECS if _is_video(inputs[0]) else IMAGES

@@ -160,18 +160,20 @@ def run(args: argparse.Namespace) -> None:
     if path.suffix not in WRITERS:
         raise ConfigError(f"--output is {args.output!r}; it must end in {' or '.join(WRITERS)}")
     cfg, engine = open_config(args)
-    model = engine.load_detector(cfg)
-    stride = engine.stride(model)
+    # "float32" is to mean that on a GPU's tensor cores too.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    backbone = engine.load_detector(cfg).backbone
+    stride = backbone.size_divisibility
     side = math.ceil(cfg.MODEL.VIT.IMG_SIZE / stride) * stride
     height, width = args.image_size or (side, side)
     if min(height, width) < 1 or height % stride or width % stride:
         raise ConfigError(
-            f"--image-size is {height} {width}; the detector pads images to multiples of {stride} "
-            "px (MODEL.VIT.SQUARE_PAD, or the coarsest stride where it is 0): give such sides"
+            f"--image-size is {height} {width}; both must be multiples of {stride} px, as those of "
+            "padded images are"
         )
     image = torch.randn(1, len(cfg.MODEL.PIXEL_MEAN), height, width, device=cfg.MODEL.DEVICE)
     writable_folder(str(path.parent), path.stem)
-    difference = export(model.backbone, image, path)
+    difference = export(backbone, image, path)
     if difference is None:
         logger.warning("%s was not checked: onnxruntime is not installed", path)
     else:

@@ -18,7 +18,7 @@ from dr2net_d2.commands import choose_engine, load_config, torch_device
 from dr2net_d2.errors import ConfigError, DatasetError
 
 ENGINES = {"detectron2": "dr2net_d2.d2.inference", "torchvision": "dr2net_d2.tv.inference"}
-"""Engine -> its module with ``load_detector``, ``stride`` and a ``Predictor``."""
+"""Engine -> its module with ``load_detector`` and a ``Predictor``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +39,12 @@ class Detections:
 
 
 class Predictor(Protocol):
-    """A detector in evaluation mode and what surrounds it.
+    """A trained detector of one of the engines, for single images.
 
     Attributes:
-        model: the engine's detector.
         class_names: of the categories; their numbers where no dataset tells their names.
     """
 
-    model: nn.Module
     class_names: Sequence[str]
 
     def detect(self, image: np.ndarray) -> Detections:

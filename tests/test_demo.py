@@ -104,6 +104,7 @@ def test_outputs_are_named_after_the_inputs(folder, tmp_path):
     [
         (["a.png", "b.jpg"], "one.png", "is one file and no folder; it needs a single input"),
         (["a.png"], "one.mp4", "'one.mp4' .* for 'a.png'"),
+        (["v.avi"], "one.webm", ".avi, .mkv, .mov, .mp4 for 'v.avi'"),
         (["v.avi"], "one.png", ".avi, .mkv, .mov, .mp4 for 'v.avi'"),
         (["a/v.avi", "b/v.mov"], "out", r"'a/v.avi' and 'b/v.mov' would both .*out/v.mp4"),
         (["in/a.png"], "in", "would replace the input"),

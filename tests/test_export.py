@@ -146,7 +146,7 @@ def test_the_command_exports_a_trained_detector_for_use_without_this_package(wei
         ("b.pt2", (), ("MODEL.WEIGHTS", ""), "MODEL.WEIGHTS is empty"),
         ("b.pt2", (), ("MODEL.WEIGHTS", "dr2net_d2://micro_vit"), "a trained detector"),
         ("b.pt2", (), ("MODEL.DEVICE", "gpu"), "MODEL.DEVICE is 'gpu'"),
-        ("b.pt2", ("--image-size", "64", "60"), (), "is 64 60; the detector pads .* of 16 px"),
+        ("b.pt2", ("--image-size", "64", "60"), (), "is 64 60; both must be multiples of 8 px"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(weights, output, options, words, message, capsys):

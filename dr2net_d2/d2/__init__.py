@@ -13,6 +13,7 @@ from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import register_dataset
 from dr2net_d2.d2.engine import Trainer, run
 from dr2net_d2.d2.hooks import CoefficientHook, NonFiniteGuard, PeakMemory, SeedIterations
+from dr2net_d2.d2.inference import Predictor, without_cropping
 from dr2net_d2.d2.lean import build_detector, make_lean
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Dr2NetPyramid",
     "NonFiniteGuard",
     "PeakMemory",
+    "Predictor",
     "SeedIterations",
     "Trainer",
     "add_dr2net_config",
@@ -33,4 +35,5 @@ __all__ = [
     "make_lean",
     "register_dataset",
     "run",
+    "without_cropping",
 ]

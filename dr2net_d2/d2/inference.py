@@ -19,7 +19,6 @@ from dr2net_d2.d2.backbone import StockPyramid
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import register_dataset
 from dr2net_d2.d2.lean import build_detector
-from dr2net_d2.d2.planning import stride  # noqa: F401  the command that exports asks for it
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.inference import Detections, category_names, load_weights
 
@@ -78,7 +77,7 @@ def check_tta(cfg: CfgNode, model: nn.Module) -> None:
     """
     reason = None
     if getattr(type(model), "inference", None) is not GeneralizedRCNN.inference:
-        reason = f"a GeneralizedRCNN, and MODEL.META_ARCHITECTURE is {type(model).__name__}"
+        reason = f"a GeneralizedRCNN, and MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}"
     elif not cfg.TEST.AUG.MIN_SIZES:
         reason = "at least one size in TEST.AUG.MIN_SIZES, which is empty"
     for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):

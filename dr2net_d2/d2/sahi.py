@@ -5,9 +5,9 @@
     detector = SahiModel(model=Predictor(cfg), confidence_threshold=0.5)
     result = get_sliced_prediction("large.jpg", detector, slice_height=1024, slice_width=1024)
 
-SAHI's own ``Detectron2DetectionModel`` opens a config by itself, without the keys of this project,
-takes no model that is built already, and hands RGB pixels to a predictor that expects BGR where
-INPUT.FORMAT is RGB, as in ViTDet's configs.
+SAHI's own ``Detectron2DetectionModel`` takes no model that is built already, opens a config without
+the defaults of this project's keys, and swaps the colours where INPUT.FORMAT is RGB, as in ViTDet's
+configs: it hands over RGB then, and ``DefaultPredictor`` always expects BGR.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from dr2net_d2.checkpointer import StrictCheckpointer
 from dr2net_d2.inference import Detections, category_names, load_weights
 from dr2net_d2.tv.dataset import as_tensor, load_split
 from dr2net_d2.tv.model import build_model
-from dr2net_d2.tv.planning import stride  # noqa: F401  the command that exports asks for it
 
 
 def load_detector(cfg: CfgNode) -> nn.Module:
@@ -25,7 +24,7 @@ def load_detector(cfg: CfgNode) -> nn.Module:
 
 
 class Predictor:
-    """A trained detector, what it takes and what its categories are called.
+    """A trained detector that knows its categories.
 
     Raises:
         UserError: see ``load_detector``.
