@@ -7,8 +7,17 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "dr2net_d2" / "__init__.py").read_text())[1]
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 # scikit-image for the photographs of projects/parity.
-TEST = ["hypothesis>=6", "pytest>=8", "scikit-image>=0.22", "timm>=1.0"]
+TEST = [
+    *EXPORT,
+    "hypothesis>=6",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "sahi>=0.12",
+    "scikit-image>=0.22",
+    "timm>=1.0",
+]
 
 setup(
     name="dr2net_d2",
@@ -34,6 +43,7 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
+        "export": EXPORT,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.12", "mypy>=1.16"],
         # Not on the package index: install it by its own guide first.

@@ -66,6 +66,7 @@ class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
     Args:
         allow_partial: patterns of model keys that a detector checkpoint may lack or have in another
             shape, for example ``roi_heads.box_predictor.*`` for other classes.
+        plain_vit: False refuses a plain ViT, which leaves the heads random.
 
     Raises:
         WeightsError: on ``load``, if the file is missing or unreadable, or keys are left over; the
@@ -79,10 +80,12 @@ class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
         save_dir: str = "",
         *,
         allow_partial: Sequence[str] = (),
+        plain_vit: bool = True,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
         self._allow_partial = tuple(allow_partial)
+        self._plain_vit = plain_vit
 
     def save(self, name: str, **kwargs: Any) -> None:
         if not self.save_dir or not self.save_to_disk:
@@ -141,6 +144,11 @@ class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
         if any(key.removeprefix("module.").startswith(vit_name) for key in state):
             self._refuse_partial(state)
             return super()._load_model(checkpoint)
+        if not self._plain_vit:
+            raise WeightsError(
+                "the weights have no key of this detector, so they are a backbone or another "
+                "model; set MODEL.WEIGHTS to a trained detector, such as OUTPUT_DIR/model_final.pth"
+            )
         converted, report = convert_vit_checkpoint(state, vit)
         _refuse(report.problems(), "fit the ViT; check MODEL.VIT.*")
         self.logger.info("Plain ViT checkpoint: %s", report.summary())

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
+import torch
 from fvcore.common.config import CfgNode
 
 from dr2net_d2.config import add_dr2net_config, merge_config
@@ -78,6 +79,26 @@ def load_config(config_file: str, overrides: Sequence[str], engine: str) -> CfgN
         add_dr2net_config(cfg)
     merge_config(cfg, config_file, overrides)
     return cfg
+
+
+def torch_device(name: str, key: str = "MODEL.DEVICE") -> torch.device:
+    """The device that a key of the config means.
+
+    Raises:
+        ConfigError: it is none of "cpu", "cuda", "cuda:<number>", or not to be had here.
+    """
+    try:
+        device = torch.device(name)
+        known = device.type in ("cpu", "cuda")
+        torch.empty(0, device=device if known else None)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"{key} is {name!r}, which torch cannot use here ({str(error).splitlines()[0]}); set "
+            f"{key} to cpu, or name a device that exists"
+        ) from error
+    if not known:
+        raise ConfigError(f"{key} is {name!r}; use 'cpu', 'cuda' or 'cuda:<number>'")
+    return device
 
 
 def run_command(

@@ -33,7 +33,13 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from dr2net_d2.checkpointer import StrictCheckpointer
-from dr2net_d2.commands import choose_engine, load_config, make_parser, run_command
+from dr2net_d2.commands import (
+    choose_engine,
+    load_config,
+    make_parser,
+    run_command,
+    torch_device,
+)
 from dr2net_d2.config import (
     coefficient_schedule,
     dr2net_arguments,
@@ -80,7 +86,7 @@ def build_vit(cfg: CfgNode, seed: int) -> Dr2NetViT:
         ConfigError: sizes that do not fit together, a device that is not there.
         WeightsError: a checkpoint that is missing, unreadable or not of this ViT.
     """
-    device = _device(cfg.MODEL.DEVICE)
+    device = torch_device(cfg.MODEL.DEVICE)
     torch.manual_seed(seed)
     with config_section("MODEL.VIT, MODEL.DR2NET"):
         vit = Dr2NetViT(
@@ -109,7 +115,7 @@ def load_image(cfg: CfgNode, side: int, file: str | None, seed: int) -> Tensor:
         ConfigError: the side is not a multiple of the patch size; a file that cannot be normalised.
         DatasetError: the file cannot be read.
     """
-    patch_size, device = cfg.MODEL.VIT.PATCH_SIZE, _device(cfg.MODEL.DEVICE)
+    patch_size, device = cfg.MODEL.VIT.PATCH_SIZE, torch_device(cfg.MODEL.DEVICE)
     if side < 1 or side % patch_size:
         nearest = max(round(side / patch_size), 1) * patch_size
         raise ConfigError(
@@ -211,22 +217,6 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_command("dr2net_d2.fidelity", run, parse_arguments(argv))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        known = device.type in ("cpu", "cuda")
-        torch.empty(0, device=device if known else None)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"MODEL.DEVICE is {name!r}, which torch cannot use here "
-            f"({str(error).splitlines()[0]}); add MODEL.DEVICE cpu to the command line, or name a "
-            "device that exists"
-        ) from error
-    if not known:
-        raise ConfigError(f"MODEL.DEVICE is {name!r}; use 'cpu', 'cuda' or 'cuda:<number>'")
-    return device
 
 
 def _backbone_checkpointer(vit: Dr2NetViT) -> StrictCheckpointer:

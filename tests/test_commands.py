@@ -15,6 +15,8 @@ COMMANDS = {
     "train_net.py": [str(ROOT / "train_net.py")],
     "dr2net_d2.plan": ["-m", "dr2net_d2.plan"],
     "dr2net_d2.fidelity": ["-m", "dr2net_d2.fidelity"],
+    "dr2net_d2.export": ["-m", "dr2net_d2.export", "--output", "b.pt2"],
+    "demo.py": [str(ROOT / "demo.py"), "--webcam", "--output", "drawn"],
 }
 
 sys.path.insert(0, str(ROOT))

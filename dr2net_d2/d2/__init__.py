@@ -21,6 +21,7 @@ from dr2net_d2.d2.hooks import (
     PeakMemory,
     SeedIterations,
 )
+from dr2net_d2.d2.inference import Predictor, without_cropping
 from dr2net_d2.d2.lean import build_detector, make_lean
 from dr2net_d2.d2.trainer import Settings, Trainer
 
@@ -34,6 +35,7 @@ __all__ = [
     "MovingAverage",
     "NonFiniteGuard",
     "PeakMemory",
+    "Predictor",
     "SeedIterations",
     "Settings",
     "Trainer",
@@ -46,4 +48,5 @@ __all__ = [
     "make_lean",
     "register_dataset",
     "run",
+    "without_cropping",
 ]

@@ -4,26 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from detectron2.utils import comm
 
 from dr2net_d2.config import check_categories
 from dr2net_d2.d2.data import register_dataset
 from dr2net_d2.errors import ConfigError
-
-
-def check_device(key: str, name: str) -> None:
-    """Refuse a device that torch does not know or this machine does not have.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise ConfigError(f"{key} is {name!r}; use cuda or cpu") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"{key} is {name!r}, but no CUDA GPU can be used here; set {key} to cpu")
 
 
 def check_batch_size(key: str, images: int, accumulation_steps: int) -> int:

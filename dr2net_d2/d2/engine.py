@@ -117,7 +117,7 @@ def _train_or_evaluate(args: argparse.Namespace) -> Results:
             experiment.model, settings.output_dir, allow_partial=settings.allow_partial
         )
         checkpointer.resume_or_load(experiment.weights, resume=args.resume)
-        results = experiment.evaluate(experiment.model)
+        results = experiment.evaluate(experiment.model, final=True)
     else:
         trainer = experiment.trainer()
         trainer.resume_or_load(experiment.weights, args.resume)

@@ -17,9 +17,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from dr2net_d2.checkpointer import locate_weights
+from dr2net_d2.commands import torch_device
 from dr2net_d2.config import LEAN_PARTS, amp_dtype
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
-from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_device
+from dr2net_d2.d2.checks import check_batch_size, check_datasets
+from dr2net_d2.d2.inference import without_cropping
 from dr2net_d2.d2.lean import make_lean
 from dr2net_d2.d2.trainer import Results, Settings, Trainer
 from dr2net_d2.errors import ConfigError, UserError
@@ -67,7 +69,7 @@ class LazyExperiment:
         self.cfg = cfg = load_lazy_config(args.config_file, args.opts)
         self._train, self._own = cfg.train, cfg.get("dr2net", {})
         self.weights = self._train.init_checkpoint
-        check_device("train.device", self._train.device)
+        torch_device(self._train.device, "train.device")
         self._check_datasets(("test",) if args.eval_only else ("train", "test"))
         self.settings = self._settings()
         resuming = args.resume and Path(self.settings.output_dir, "last_checkpoint").is_file()
@@ -85,7 +87,7 @@ class LazyExperiment:
         seed = self.settings.seed
         seed_all_rng(None if seed < 0 else seed + comm.get_rank())
         with lazily("model"):
-            self.model: nn.Module = instantiate(cfg.model).to(self._train.device)
+            self.model = without_cropping(instantiate(cfg.model)).to(self._train.device)
             if any(isinstance(module, Dr2NetViT) for module in self.model.modules()):
                 make_lean(self.model, self._own.get("lean", LEAN_PARTS))
         if not args.eval_only:
@@ -148,8 +150,8 @@ class LazyExperiment:
             self.settings,
         )
 
-    def evaluate(self, model: nn.Module) -> Results:
-        """Detectron2's results; empty without an evaluator."""
+    def evaluate(self, model: nn.Module, final: bool) -> Results:
+        """Detectron2's results; empty without an evaluator. The final ones are as all others."""
         if "evaluator" not in self.cfg.dataloader:
             return {}
         with lazily("dataloader"):

@@ -95,7 +95,8 @@ class Trainer(SimpleTrainer):
         optimizer: of its parameters.
         lr_scheduler: torch's, or fvcore's multiplier of the learning rates.
         train_loader: of Detectron2; ``accumulation_steps`` of its batches make an iteration.
-        evaluate: (model) -> results, Detectron2's ``{"bbox": {"AP": ...}}``.
+        evaluate: (model, whether it is the last evaluation) -> results, as Detectron2's
+            ``{"bbox": {"AP": ...}}``.
         settings: how to train.
         extra_hooks: run before checkpoints are written.
     """
@@ -106,7 +107,7 @@ class Trainer(SimpleTrainer):
         optimizer: torch.optim.Optimizer,
         lr_scheduler: Any,
         train_loader: Any,
-        evaluate: Callable[[nn.Module], Results],
+        evaluate: Callable[[nn.Module, bool], Results],
         settings: Settings,
         extra_hooks: Sequence[HookBase] = (),
     ) -> None:
@@ -129,7 +130,7 @@ class Trainer(SimpleTrainer):
     def _build_hooks(
         self,
         model: nn.Module,
-        evaluate: Callable[[nn.Module], Results],
+        evaluate: Callable[[nn.Module, bool], Results],
         lr_scheduler: Any,
         extra_hooks: Sequence[HookBase],
     ) -> list[HookBase | None]:
@@ -139,7 +140,7 @@ class Trainer(SimpleTrainer):
 
         def evaluate_and_keep() -> Results:
             with average.in_place() if average else nullcontext():
-                self.results = evaluate(model)
+                self.results = evaluate(model, self.iter >= settings.max_iter)
                 if average and main:
                     weights.save_weights("model_ema")
                 if best:

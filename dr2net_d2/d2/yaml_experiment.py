@@ -22,6 +22,7 @@ from detectron2.evaluation import (
     inference_on_dataset,
     print_csv_format,
 )
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -30,10 +31,17 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from dr2net_d2.checkpointer import locate_weights
-from dr2net_d2.commands import load_config
-from dr2net_d2.config import amp_dtype, check_weights_to_evaluate, coefficient_schedule, lean_parts
-from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_device
+from dr2net_d2.commands import load_config, torch_device
+from dr2net_d2.config import (
+    amp_dtype,
+    check_weights_to_evaluate,
+    coefficient_schedule,
+    head_section,
+    lean_parts,
+)
+from dr2net_d2.d2.checks import check_batch_size, check_datasets
 from dr2net_d2.d2.data import CheckedMapper
+from dr2net_d2.d2.inference import check_tta
 from dr2net_d2.d2.lean import build_detector
 from dr2net_d2.d2.trainer import Results, Settings, Trainer
 from dr2net_d2.errors import ConfigError, config_section
@@ -64,7 +72,7 @@ class YamlExperiment:
         cfg.freeze()
         self.weights = cfg.MODEL.WEIGHTS
         lean_parts(cfg)
-        check_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
+        torch_device(cfg.MODEL.DEVICE)
         self._check_datasets(("TEST",) if args.eval_only else ("TRAIN", "TEST"))
         self.settings = self._settings()
         resuming = args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
@@ -77,6 +85,8 @@ class YamlExperiment:
             locate_weights(self.weights)
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
         self.model = build_detector(cfg)
+        if cfg.TEST.AUG.ENABLED:
+            check_tta(cfg, self.model)
         if not args.eval_only:
             with config_section("SOLVER"):
                 self._optimizer = build_optimizer(cfg, self.model)
@@ -109,9 +119,7 @@ class YamlExperiment:
         cfg = self.cfg
         if not cfg.DATASETS[splits[0]]:
             raise ConfigError(f"DATASETS.{splits[0]} is empty; name at least one dataset")
-        section = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(
-            cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS"
-        )
+        section = head_section(cfg)
         names = [name for split in splits for name in cfg.DATASETS[split]]
         key = f"MODEL.{section}.NUM_CLASSES"
         check_datasets(key, cfg.MODEL[section].NUM_CLASSES, names)
@@ -145,13 +153,26 @@ class YamlExperiment:
             extra,
         )
 
-    def evaluate(self, model: nn.Module) -> Results:
-        """Detectron2's results, under the names of the datasets if there are several."""
+    def evaluate(self, model: nn.Module, final: bool) -> Results:
+        """Detectron2's results, under the names of the datasets if there are several.
+
+        Args:
+            final: those of TEST.AUG as well, with "_TTA" behind their keys.
+        """
+        results = self._evaluate(model, "inference")
+        if final and self.cfg.TEST.AUG.ENABLED:
+            augmented = self._evaluate(GeneralizedRCNNWithTTA(self.cfg, model), "inference_TTA")
+            results |= {f"{key}_TTA": value for key, value in augmented.items()}
+        return results
+
+    def _evaluate(self, model: nn.Module, folder: str) -> Results:
         results: Results = OrderedDict()
         for name in self.cfg.DATASETS.TEST:
-            mapper = CheckedMapper(self.cfg, False)
-            loader = build_detection_test_loader(self.cfg, name, mapper=mapper)
-            results[name] = inference_on_dataset(model, loader, build_evaluator(self.cfg, name))
+            loader = build_detection_test_loader(
+                self.cfg, name, mapper=CheckedMapper(self.cfg, False)
+            )
+            evaluator = build_evaluator(self.cfg, name, folder)
+            results[name] = inference_on_dataset(model, loader, evaluator)
             if comm.is_main_process():
                 logger.info("Results on %s:", name)
                 print_csv_format(results[name])
@@ -162,8 +183,11 @@ class YamlExperiment:
         return self.cfg.DATASETS.TEST[-1] if self.cfg.DATASETS.TEST else None
 
 
-def build_evaluator(cfg: CfgNode, dataset: str) -> DatasetEvaluator:
+def build_evaluator(cfg: CfgNode, dataset: str, folder: str) -> DatasetEvaluator:
     """The evaluator for a registered dataset, in COCO or LVIS format.
+
+    Args:
+        folder: for its files, within OUTPUT_DIR.
 
     Raises:
         ConfigError: it is in another format.
@@ -175,5 +199,5 @@ def build_evaluator(cfg: CfgNode, dataset: str) -> DatasetEvaluator:
             f"DATASETS.TEST has {dataset}, whose format {kind!r} cannot be evaluated; use one in "
             "COCO or LVIS format"
         )
-    folder, most = str(Path(cfg.OUTPUT_DIR, "inference")), cfg.TEST.DETECTIONS_PER_IMAGE
-    return kinds[kind](dataset, output_dir=folder, max_dets_per_image=most)
+    path, most = str(Path(cfg.OUTPUT_DIR, folder)), cfg.TEST.DETECTIONS_PER_IMAGE
+    return kinds[kind](dataset, output_dir=path, max_dets_per_image=most)

@@ -60,12 +60,16 @@ def resize_shortest_side(image: Tensor, shortest: int, longest: int) -> Tensor:
     return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
 
 
-def load_image(record: CocoRecord, channel_order: str) -> Tensor:
-    """The pixels of a record: (3, H, W) uint8, channels in "BGR" or "RGB" order."""
-    image = read_image(record)
+def as_tensor(image: np.ndarray, channel_order: str) -> Tensor:
+    """(H, W, 3) uint8, BGR -> (3, H, W) uint8, channels in "BGR" or "RGB" order."""
     if channel_order == "RGB":
         image = image[..., ::-1]
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def load_image(record: CocoRecord, channel_order: str) -> Tensor:
+    """The pixels of a record, as ``as_tensor`` gives them."""
+    return as_tensor(read_image(record), channel_order)
 
 
 class TrainingStream(Dataset[tuple[Tensor, dict[str, Tensor]]]):

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dr2net_d2.checkpointer import StrictCheckpointer
-from dr2net_d2.commands import load_config
+from dr2net_d2.commands import load_config, torch_device
 from dr2net_d2.config import check_categories, check_weights_to_evaluate
 from dr2net_d2.data import CocoRecord
 from dr2net_d2.errors import ConfigError
@@ -90,16 +90,7 @@ def _device(cfg: CfgNode, num_gpus: int) -> torch.device:
             f"--num-gpus is {num_gpus}; the torchvision engine trains on one device: use 1, or "
             "install Detectron2 and pass --engine detectron2"
         )
-    name = cfg.MODEL.DEVICE
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise ConfigError(f"MODEL.DEVICE is {name!r}; use 'cpu', 'cuda' or 'cuda:<number>'")
-    if kind == "cuda" and int(index or 0) >= (count := torch.cuda.device_count()):
-        raise ConfigError(
-            f"MODEL.DEVICE is {name!r}, but torch finds {count} CUDA devices here; add "
-            "MODEL.DEVICE cpu to the command line, or name a device that exists"
-        )
-    return torch.device(name)
+    return torch_device(cfg.MODEL.DEVICE)
 
 
 def _check_splits(

@@ -134,7 +134,7 @@ class Mean(nn.Module):
         return {"loss": (self.weight - batch.mean()).square().sum() / 2}
 
 
-def trainer(folder, max_iter=4, evaluate=lambda model: {}, **settings):
+def trainer(folder, max_iter=4, evaluate=lambda *_: {}, **settings):
     """SGD with rate 1/2 on batches with means 1, 2, 1, 2, ..."""
     model = Mean()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -157,7 +157,7 @@ def test_the_average_is_evaluated_and_kept_in_a_file(tmp_path):
     seen = []
     loop = trainer(
         tmp_path,
-        evaluate=lambda model: seen.append(model.weight.item()) or {},
+        evaluate=lambda model, final: seen.append((model.weight.item(), final)) or {},
         ema_decay=0.75, eval_period=2,
     )  # fmt: skip
     loop.resume_or_load("", resume=False)
@@ -166,7 +166,8 @@ def test_the_average_is_evaluated_and_kept_in_a_file(tmp_path):
     for weight in WEIGHTS:
         average = 0.75 * average + 0.25 * weight
         averages.append(average)
-    assert seen == pytest.approx([averages[1], averages[3]])
+    assert [final for _, final in seen] == [False, True]
+    assert [weight for weight, _ in seen] == pytest.approx([averages[1], averages[3]])
     assert loop.model.weight.item() == WEIGHTS[3]
     assert torch.load(tmp_path / "model_final.pth")["model"]["weight"].item() == WEIGHTS[3]
     kept = torch.load(tmp_path / "model_ema.pth")["model"]["weight"]
@@ -188,7 +189,7 @@ def test_the_average_goes_on_after_a_resumption(tmp_path):
 def results(*values):
     """An evaluation that gives one value after the other."""
     remaining = iter(values)
-    return lambda model: {"bbox": {"AP": next(remaining), "AP50": 0.0}}
+    return lambda *_: {"bbox": {"AP": next(remaining), "AP50": 0.0}}
 
 
 def test_the_weights_of_the_best_evaluation_are_kept_also_after_a_resumption(tmp_path):

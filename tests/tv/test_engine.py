@@ -154,8 +154,8 @@ def test_clipping(tiny_cfg, kind):
 @pytest.mark.parametrize(
     ("opts", "options", "named"),
     [
-        (["MODEL.DEVICE", "tpu"], {}, ["MODEL.DEVICE", "'tpu'", "'cpu'"]),
-        (["MODEL.DEVICE", "cuda:99"], {}, ["MODEL.DEVICE", "'cuda:99'", "MODEL.DEVICE cpu"]),
+        (["MODEL.DEVICE", "tpu"], {}, ["MODEL.DEVICE", "'tpu'", "MODEL.DEVICE to cpu"]),
+        (["MODEL.DEVICE", "cuda:99"], {}, ["MODEL.DEVICE", "'cuda:99'", "MODEL.DEVICE to cpu"]),
         ([], {"num_gpus": 2}, ["--num-gpus", "2", "one device"]),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], {}, ["NUM_CLASSES is 80", "set it to 10"]),
         (["DATASETS.TRAIN", "()"], {}, ["DATASETS.TRAIN", "name a dataset"]),
