@@ -51,11 +51,11 @@ def choose_engine(name: str) -> str:
     return name
 
 
-def load_config(config_file: str, overrides: Sequence[str], engine: str) -> CfgNode:
+def load_config(config_file: str | None, overrides: Sequence[str], engine: str) -> CfgNode:
     """A config file and overrides on the defaults of an engine.
 
     Args:
-        config_file: YAML.
+        config_file: YAML; None for the defaults alone.
         overrides: KEY VALUE words.
         engine: as ``choose_engine`` gives it.
 
