@@ -62,7 +62,7 @@ def load_config(config_file: str | None, overrides: Sequence[str], engine: str) 
     Raises:
         ConfigError: a LazyConfig; see also ``merge_config``.
     """
-    if config_file.endswith(".py"):
+    if config_file is not None and config_file.endswith(".py"):
         raise ConfigError(
             f"{config_file} is a LazyConfig, which only train_net.py with Detectron2 takes; give a "
             "YAML file"
