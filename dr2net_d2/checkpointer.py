@@ -5,32 +5,26 @@ Builds on fvcore's ``Checkpointer``, which Detectron2's derives from, so both en
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from fvcore.common.checkpoint import Checkpointer
-from torch import nn
+from torch import Tensor, nn
 
-from dr2net_d2.core.checkpoint import convert_vit_checkpoint
-from dr2net_d2.errors import WeightsError
+from dr2net_d2.core.checkpoint import (
+    Converted,
+    convert_vit_checkpoint,
+    fit_detector_checkpoint,
+)
+from dr2net_d2.errors import WeightsError, weights_being_read
 from dr2net_d2.finetuning import non_finite
+from dr2net_d2.weight_files import read_checkpoint
 
 PACKAGED = "dr2net_d2://"
 """Prefix of MODEL.WEIGHTS for weights that the package ships, such as dr2net_d2://micro_vit."""
-
-DEFAULTED = (
-    "pixel_mean",
-    "pixel_std",
-    "*anchor_generator.cell_anchors*",
-    "*.coefficients.*",
-    "*.stream_range.*",
-)
-"""Keys that describe the input or the coefficients; the model has defaults for them."""
 
 
 def locate_weights(path: str) -> str:
@@ -56,16 +50,39 @@ def find_vit(model: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
+def fit_checkpoint(
+    convert: Callable[[Mapping[str, Tensor], nn.Module], Converted],
+    state: Mapping[str, Tensor],
+    model: nn.Module,
+    allow_partial: Sequence[str],
+) -> Converted:
+    """What ``convert`` makes of a checkpoint for a model.
+
+    Raises:
+        WeightsError: it cannot, or the checkpoint fits in part only, beyond the patterns in
+            ``allow_partial``.
+    """
+    with weights_being_read():
+        converted, report = convert(state, model)
+    if problems := report.problems(allow_partial):
+        rest = f"; and {len(problems) - 8} more" * (len(problems) > 8)
+        raise WeightsError(
+            f"the weights ({report.source}) do not fit; check MODEL.VIT.*, or allow keys by "
+            f"pattern (MODEL.DR2NET.ALLOW_PARTIAL): {'; '.join(problems[:8])}{rest}"
+        )
+    return converted, report
+
+
 class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
     """fvcore's checkpointer with atomic writes, and without silent partial loads.
 
-    A checkpoint without a key of the detector is taken for a plain ViT (MAE, timm or Detectron2
-    naming, .pth or .safetensors) and converted into the backbone. Anything else must fit the whole
-    detector.
+    A checkpoint without a key of the detector outside its ViT is taken for a plain ViT, of any
+    format in ``core.checkpoint_formats``, and converted. Anything else must fit the whole detector.
+    What became of every key is logged.
 
     Args:
-        allow_partial: patterns of model keys that a detector checkpoint may lack or have in another
-            shape, for example ``roi_heads.box_predictor.*`` for other classes.
+        allow_partial: patterns of keys, as errors name them, that may be missing, superfluous or of
+            another shape, for example ``roi_heads.box_predictor.*`` for other classes.
         plain_vit: False refuses a plain ViT, which leaves the heads random.
 
     Raises:
@@ -125,60 +142,25 @@ class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
         return extra
 
     def _load_file(self, f: str) -> dict[str, Any]:
-        try:
-            if f.endswith(".safetensors"):
-                return {"model": safetensors.torch.load_file(f)}
-            checkpoint = super()._load_file(f)
-        except Exception as error:  # whatever the format's reader raises on a damaged file
-            reason = " ".join(str(error).split())[:200]
-            raise WeightsError(f"weights {f!r} cannot be read: {reason}") from error
-        return checkpoint if "model" in checkpoint else {"model": checkpoint}
+        return read_checkpoint(f)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         found = find_vit(self.model)
         if found is None:
             return super()._load_model(checkpoint)
-        state = checkpoint["model"]
-        self._convert_ndarray_to_tensor(state)
+        state = checkpoint.pop("model")
         vit_name, vit = found
-        if any(key.removeprefix("module.").startswith(vit_name) for key in state):
-            self._refuse_partial(state)
-            return super()._load_model(checkpoint)
-        if not self._plain_vit:
+        around = {key for key in self.model.state_dict() if not key.startswith(vit_name)}
+        if any(key.removeprefix("module.") in around for key in state):
+            model, convert = self.model, fit_detector_checkpoint
+        elif self._plain_vit:
+            model, convert = vit, convert_vit_checkpoint
+        else:
             raise WeightsError(
-                "the weights have no key of this detector, so they are a backbone or another "
+                "the weights have no key of this detector's heads: they are a backbone, or another "
                 "model; set MODEL.WEIGHTS to a trained detector, such as OUTPUT_DIR/model_final.pth"
             )
-        converted, report = convert_vit_checkpoint(state, vit)
-        _refuse(report.problems(), "fit the ViT; check MODEL.VIT.*")
-        self.logger.info("Plain ViT checkpoint: %s", report.summary())
-        vit.load_state_dict(converted, strict=False)
+        converted, report = fit_checkpoint(convert, state, model, self._allow_partial)
+        model.load_state_dict(converted, strict=False)
+        self.logger.info("Weights: %s", "; ".join(report.lines(brief=True)))
         return None
-
-    def _refuse_partial(self, state: dict[str, torch.Tensor]) -> None:
-        targets = self.model.state_dict()
-        given = {key.removeprefix("module."): tensor.shape for key, tensor in state.items()}
-        problems = {
-            key: f"{key} is {tuple(given[key])}, the model's {tuple(tensor.shape)}"
-            if key in given
-            else f"missing {key}"
-            for key, tensor in targets.items()
-            if given.get(key) != tensor.shape
-        }
-        problems |= {key: f"unexpected {key}" for key in given if key not in targets}
-        optional = (*DEFAULTED, *self._allow_partial)
-        _refuse(
-            [
-                problem
-                for key, problem in problems.items()
-                if not any(fnmatch.fnmatchcase(key, pattern) for pattern in optional)
-            ],
-            "fit the detector; allow keys by pattern in MODEL.DR2NET.ALLOW_PARTIAL to finetune "
-            "from another detector",
-        )
-
-
-def _refuse(problems: Sequence[str], remedy: str) -> None:
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
-        raise WeightsError(f"the weights do not {remedy}: {shown}")

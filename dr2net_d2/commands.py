@@ -52,18 +52,18 @@ def choose_engine(name: str) -> str:
     return name
 
 
-def load_config(config_file: str, overrides: Sequence[str], engine: str) -> CfgNode:
+def load_config(config_file: str | None, overrides: Sequence[str], engine: str) -> CfgNode:
     """A config file and overrides on the defaults of an engine.
 
     Args:
-        config_file: YAML.
+        config_file: YAML; None for the defaults alone.
         overrides: KEY VALUE words.
         engine: as ``choose_engine`` gives it.
 
     Raises:
         ConfigError: a LazyConfig; see also ``merge_config``.
     """
-    if config_file.endswith(".py"):
+    if config_file is not None and config_file.endswith(".py"):
         raise ConfigError(
             f"{config_file} is a LazyConfig, which only train_net.py with Detectron2 takes; give a "
             "YAML file"

@@ -67,7 +67,8 @@ def add_dr2net_config(cfg: CfgNode) -> None:
     # Parts around the backbone that keep little for their backward, exactly: "pyramid", "rpn",
     # "roi" (the heads). [] leaves all as they are elsewhere.
     dr2net.LEAN = list(LEAN_PARTS)
-    # Patterns of model keys that a detector checkpoint may lack or have in another shape.
+    # Patterns of keys of a checkpoint or of the model that may be superfluous, missing, or of
+    # another shape, as the error that refuses them names them.
     dr2net.ALLOW_PARTIAL = []
     # How alpha and beta move during training; see core.CoefficientSchedule.
     dr2net.SCHEDULE = node()
@@ -261,22 +262,23 @@ def _fraction(cfg: CfgNode, count_images: Callable[[], int] | None) -> float:
     return fraction
 
 
-def merge_config(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> None:
-    """Merge a YAML file (with ``_BASE_``) and ``KEY VALUE`` pairs into ``cfg``.
+def merge_config(cfg: CfgNode, config_file: str | None, overrides: Sequence[str]) -> None:
+    """Merge a YAML file (with ``_BASE_``), if there is one, and ``KEY VALUE`` pairs into ``cfg``.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a value of a wrong type, a seed too
             large for NumPy.
     """
-    if not Path(config_file).is_file():
+    if config_file is not None and not Path(config_file).is_file():
         raise ConfigError(f"config file {config_file!r} does not exist; see configs/ for some")
     if len(overrides) % 2:
         raise ConfigError(
             f"overrides come as KEY VALUE pairs, but {list(overrides)} has {len(overrides)} words"
         )
     try:
-        # Without its default, which lets a YAML file run code.
-        cfg.merge_from_file(config_file, allow_unsafe=False)
+        if config_file is not None:
+            # Without its default, which lets a YAML file run code.
+            cfg.merge_from_file(config_file, allow_unsafe=False)
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {config_file}: {_one_line(error)}") from error
     try:

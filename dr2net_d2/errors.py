@@ -34,6 +34,15 @@ def config_section(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def weights_being_read() -> Iterator[None]:
+    """Turn a ValueError of ``core.checkpoint`` into a WeightsError."""
+    try:
+        yield
+    except ValueError as error:
+        raise WeightsError(f"the weights cannot be used: {error}") from error
+
+
+@contextmanager
 def detector_being_built() -> Iterator[None]:
     """Turn what Detectron2 raises for keys of MODEL that do not fit together into a ConfigError."""
     try:

@@ -46,9 +46,8 @@ from dr2net_d2.config import (
     vit_arguments,
 )
 from dr2net_d2.core import Dr2NetViT
-from dr2net_d2.core.checkpoint import UNUSED_BY_DETECTORS, convert_vit_checkpoint
 from dr2net_d2.data import read_pixels
-from dr2net_d2.errors import ConfigError, WeightsError, config_section
+from dr2net_d2.errors import ConfigError, config_section
 from dr2net_d2.gradients import (
     ARMS,
     choose_reference,
@@ -95,7 +94,7 @@ def build_vit(cfg: CfgNode, seed: int) -> Dr2NetViT:
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
     if cfg.MODEL.WEIGHTS:
-        _backbone_checkpointer(vit).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+        _checkpointer(vit).load(cfg.MODEL.WEIGHTS, checkpointables=[])
     else:
         logger.info("MODEL.WEIGHTS is empty: random initialisation, seed %d", seed)
     # Without drop path, whose masks would be another source of differences.
@@ -219,29 +218,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("dr2net_d2.fidelity", run, parse_arguments(argv))
 
 
-def _backbone_checkpointer(vit: Dr2NetViT) -> StrictCheckpointer:
-    """Loads MODEL.WEIGHTS of any format at hand into the ViT alone, from detectors as well."""
-    base: type[StrictCheckpointer] = StrictCheckpointer
+def _checkpointer(vit: Dr2NetViT) -> StrictCheckpointer:
+    """Detectron2's where it is installed: it fetches from more places."""
     if importlib.util.find_spec("detectron2"):
-        from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer as base
+        from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 
-    class BackboneCheckpointer(base):  # type: ignore[misc, valid-type]
-        def _load_model(self, checkpoint: dict[str, Any]) -> None:
-            state = checkpoint["model"]
-            self._convert_ndarray_to_tensor(state)
-            converted, report = convert_vit_checkpoint(state, self.model)
-            # Whatever else a detector has, but not further blocks.
-            own = {key.partition(".")[0] for key in self.model.state_dict()}
-            foreign = [key for key in report.unexpected if key.partition(".")[0] not in own]
-            allowed = (*UNUSED_BY_DETECTORS, *foreign)
-            if problems := report.problems(allow_unexpected=allowed):
-                shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
-                raise WeightsError(f"the weights do not fit the ViT; check MODEL.VIT.*: {shown}")
-            self.model.load_state_dict(converted, strict=False)
-            taken = len(report.loaded) + len(report.resized)
-            logger.info("%d tensors taken from the weights, %d left", taken, len(foreign))
-
-    return BackboneCheckpointer(vit)
+        return Dr2NetCheckpointer(vit)
+    return StrictCheckpointer(vit)
 
 
 if __name__ == "__main__":

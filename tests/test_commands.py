@@ -17,6 +17,7 @@ COMMANDS = {
     "dr2net_d2.fidelity": ["-m", "dr2net_d2.fidelity"],
     "dr2net_d2.export": ["-m", "dr2net_d2.export", "--output", "b.pt2"],
     "demo.py": [str(ROOT / "demo.py"), "--webcam", "--output", "drawn"],
+    "dr2net_d2.convert": ["-m", "dr2net_d2.convert"],
 }
 
 sys.path.insert(0, str(ROOT))
@@ -37,7 +38,12 @@ def python(*words, cwd):
 @pytest.mark.parametrize(
     ("name", "words", "named"),
     [
-        *((name, ["--config-file", "missing.yaml"], ["does not exist"]) for name in COMMANDS),
+        *(
+            (name, ["--config-file", "missing.yaml"], ["does not exist"])
+            for name in COMMANDS
+            if name != "dr2net_d2.convert"
+        ),
+        ("dr2net_d2.convert", ["none.pth", "out.pth"], ["none.pth", "do not exist"]),
         (
             "train_net.py",
             ["--engine", "torchvision", "--config-file", QUICKSTART, "MODEL.MASK_ON", "True"],

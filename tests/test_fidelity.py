@@ -130,7 +130,7 @@ def test_the_vit_of_a_whole_detector_is_taken(monkeypatch, detectron2, wrap):
         (["--image", "none.png"], ["none.png", "No such file"]),
         (["--output", "taken/out"], ["taken/out", "--output"]),
         (["MODEL.WEIGHTS", "none.pth"], ["none.pth", "MODEL.WEIGHTS"]),
-        (["MODEL.WEIGHTS", "resnet.pth"], ["MODEL.VIT", "missing pos_embed"]),
+        (["MODEL.WEIGHTS", "resnet.pth"], ["no plain ViT", "stem.conv1.weight"]),
         (["MODEL.VIT.DEPTH", "7"], ["unexpected blocks.7.", "MODEL.VIT"]),
         (["MODEL.VIT.NUM_HEADS", "5"], ["MODEL.VIT", "embed_dim 96", "num_heads 5"]),
         (["MODEL.DEVICE", "tpu"], ["MODEL.DEVICE", "tpu", "cpu"]),

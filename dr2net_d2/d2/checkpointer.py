@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 
 from dr2net_d2.checkpointer import StrictCheckpointer
+
+LEGACY_AUTHORS = {".pkl": "Caffe2", ".pyth": "pycls"}
+"""Whose files Detectron2 takes those to be that do not say, and matches by its heuristics."""
 
 
 class Dr2NetCheckpointer(StrictCheckpointer, DetectionCheckpointer):
@@ -21,4 +25,16 @@ class Dr2NetCheckpointer(StrictCheckpointer, DetectionCheckpointer):
             return super().load(path, *args, **kwargs)
         finally:
             # Detectron2 keeps this when a load fails, and refuses every later one.
-            self._parsed_url_during_load = None
+            self._parsed_url_during_load: Any = None
+
+    def _load_file(self, f: str) -> dict[str, Any]:
+        checkpoint = super()._load_file(f)
+        author = LEGACY_AUTHORS.get(Path(f).suffix)
+        if author and "__author__" not in checkpoint:
+            checkpoint |= {"__author__": author, "matching_heuristics": True}
+            statistics = ("_momentum", "num_batches_tracked")
+            for key in [key for key in checkpoint["model"] if key.endswith(statistics)]:
+                del checkpoint["model"][key]
+        if "matching_heuristics=True" in self._parsed_url_during_load.query:
+            checkpoint["matching_heuristics"] = True
+        return checkpoint

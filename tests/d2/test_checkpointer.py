@@ -1,8 +1,10 @@
 """Detectron2's checkpoint formats: complete loads, atomic writes, errors that name the keys."""
 
+import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -106,8 +108,76 @@ def test_a_plain_vit_goes_into_either_backbone(tmp_path, name):
     assert_same_weights(model.roi_heads, head)
 
     wider = detector(tmp_path, name, 0, "MODEL.VIT.EMBED_DIM", 64)
-    with pytest.raises(WeightsError, match=r"MODEL.VIT.*blocks.0.attn.proj.bias is \(32,\)"):
+    with pytest.raises(WeightsError, match=r"MODEL.VIT.*embed_dim is 32 .* the model's 64"):
         Dr2NetCheckpointer(wider).load(path)
+
+
+@pytest.mark.parametrize("name", [OURS, THEIRS])
+def test_a_part_of_a_plain_vit_is_refused_unless_allowed(tmp_path, name, caplog):
+    pretrained = detector(tmp_path, THEIRS, 0).backbone.net.state_dict()
+    del pretrained["blocks.1.mlp.fc1.weight"]
+    torch.save(pretrained | {"blocks.0.extra": torch.ones(1)}, tmp_path / "part.pth")
+    model, before = detector(tmp_path, name, 1), detector(tmp_path, name, 1)
+    path, allowed = str(tmp_path / "part.pth"), ["blocks.1.mlp.fc1.weight"]
+    for allow in ([], allowed):
+        with pytest.raises(WeightsError, match=r"unexpected blocks\.0\.extra"):
+            Dr2NetCheckpointer(model, allow_partial=allow).load(path)
+        assert_same_weights(model, before)
+    with caplog.at_level("INFO"):
+        Dr2NetCheckpointer(model, allow_partial=[*allowed, "*.extra"]).load(path)
+    loaded = model.backbone.net.state_dict()
+    assert torch.equal(loaded["blocks.0.mlp.fc1.bias"], pretrained["blocks.0.mlp.fc1.bias"])
+    assert_same_weights(model.backbone.net.blocks[1].mlp.fc1, before.backbone.net.blocks[1].mlp.fc1)
+    assert "missing (1): blocks.1.mlp.fc1.weight; left over (1): blocks.0.extra" in caplog.text
+
+
+@pytest.mark.parametrize("wrap", ["backbone.net.", ""])
+def test_coupled_weights_do_not_go_into_a_plain_network(tmp_path, wrap):
+    """It would compute something else, silently."""
+    saved = detector(tmp_path, OURS, 0)
+    saved.backbone.net.coefficients.set(0.5, 0.5)
+    state = saved.state_dict() if wrap else saved.backbone.net.state_dict()
+    torch.save({"model": state}, tmp_path / "coupled.pth")
+    plain, before = detector(tmp_path, THEIRS, 1), detector(tmp_path, THEIRS, 1)
+    with pytest.raises(WeightsError, match=rf"unexpected {wrap}blocks\.coefficients\.alpha"):
+        Dr2NetCheckpointer(plain).load(str(tmp_path / "coupled.pth"))
+    assert_same_weights(plain, before)
+    ours = detector(tmp_path, OURS, 1)
+    Dr2NetCheckpointer(ours).load(str(tmp_path / "coupled.pth"))
+    assert ours.backbone.net.coefficients.values == (0.5, 0.5)
+    assert_same_weights(ours.backbone.net, saved.backbone.net)
+
+
+def test_a_teacher_of_dinov2_is_a_plain_vit_in_a_detector_of_a_vit_alone(tmp_path):
+    """Both call it backbone."""
+    options = ("MODEL.RPN.IN_FEATURES", "['last_feat']", "MODEL.ROI_HEADS.IN_FEATURES",
+               "['last_feat']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[8]]")  # fmt: skip
+    model = detector(tmp_path, "build_dr2net_vit_backbone", 1, *options)
+    pretrained = detector(tmp_path, THEIRS, 0).backbone.net
+    teacher = {f"backbone.{key}": value for key, value in pretrained.state_dict().items()}
+    teacher["dino_head.last_layer.weight"] = torch.ones(1)
+    torch.save({"teacher": teacher}, tmp_path / "teacher_checkpoint.pth")
+    Dr2NetCheckpointer(model).load(str(tmp_path / "teacher_checkpoint.pth"))
+    assert_same_weights(model.backbone, pretrained)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("name", ["zoo.pkl", "own.pth"])
+def test_a_file_that_would_run_code_is_refused(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, before = detector(tmp_path, OURS, 1), detector(tmp_path, OURS, 1)
+    content = {"model": {"backbone.net.pos_embed": np.ones(1)}, "x": Payload(), "__author__": "me"}
+    Path("zoo.pkl").write_bytes(pickle.dumps(content))
+    torch.save(content, "own.pth")
+    for victim in (model, nn.Linear(1, 1)):
+        with pytest.raises(WeightsError, match=r"refused: .*mkdir"):
+            Dr2NetCheckpointer(victim).load(name)
+    assert not Path("ran").exists()
+    assert_same_weights(model, before)
 
 
 def test_packaged_weights_are_found(tmp_path, monkeypatch):

@@ -134,16 +134,9 @@ def test_a_config_that_is_not_there_a_dataset_and_weights(tmp_path):
     with pytest.raises(DatasetError, match=r"'digits' is not known"):
         run(arguments(tmp_path, READY + "dataloader.test.dataset.names = 'digits'"))
     with pytest.raises(WeightsError, match=r"'absent.pth' do not exist"):
-        run(
-            argparse.Namespace(
-                **{**vars(args), "opts": [*args.opts, "train.init_checkpoint=absent.pth"]}
-            )
-        )
-    with pytest.raises(
-        ConfigError, match=r"--eval-only without weights: set train.init_checkpoint"
-    ):
-        opts = [*args.opts, "train.init_checkpoint="]
-        run(argparse.Namespace(**{**vars(args), "opts": opts, "eval_only": True}))
+        run(arguments(tmp_path, READY, weights="absent.pth"))
+    with pytest.raises(ConfigError, match=r"without weights: set train.init_checkpoint"):
+        run(arguments(tmp_path, READY, weights="", eval_only=True))
 
 
 def test_optional_fields_and_new_arguments_can_be_overridden(tmp_path):

@@ -1,0 +1,154 @@
+"""Pretrained or trained weights -> Detectron2's keys, with a word on every key.
+
+    python -m dr2net_d2.convert dinov2_vitb14_pretrain.pth vit.safetensors
+    python -m dr2net_d2.convert dinov2_vitb14_pretrain.pth vit.pth MODEL.VIT.PATCH_SIZE 16 \\
+        MODEL.VIT.PRETRAIN_IMG_SIZE 592
+    python -m dr2net_d2.convert output/model_final.pth detector.pkl
+
+IN is a plain ViT (MAE, timm, DeiT, DINOv2, the image encoder of SAM, Detectron2) or a detector of
+this project. OUT ends with .pth, .pkl (as in Detectron2's model zoo) or .safetensors; an older OUT
+is replaced once the new one is complete.
+
+A plain ViT becomes Detectron2's, LayerScale folded in, and its MODEL.VIT keys are printed. With
+--config-file it is fitted to the ViT of that config: position tables, patch size. KEY VALUE words
+change single keys, of the config or of what the weights show.
+
+A detector loses its optimizer and other state of the training; heads keep the names of the engine
+that trained them. Coefficients (alpha, beta) other than (1, 0) stay beside the weights; at (1, 0)
+Detectron2's own ViT loads them, strictly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dr2net_d2.checkpointer import fit_checkpoint, locate_weights
+from dr2net_d2.commands import choose_engine, load_config, run_command
+from dr2net_d2.config import vit_arguments
+from dr2net_d2.core import Dr2NetViT
+from dr2net_d2.core.checkpoint import (
+    COEFFICIENTS,
+    CheckpointReport,
+    convert_vit_checkpoint,
+    redundant_scalars,
+)
+from dr2net_d2.core.checkpoint_formats import describe_vit, find_plain_vit, matches
+from dr2net_d2.errors import WeightsError, config_section, weights_being_read
+from dr2net_d2.weight_files import WRITERS, check_output, read_checkpoint, write_weights
+
+logger = logging.getLogger(__name__)
+
+DETECTOR = ("*backbone.simfp_*", "*proposal_generator.*", "*roi_heads.*")
+"""Keys that a detector of ours has beside its ViT."""
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dr2net_d2.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("weights", metavar="IN", help="file, or a name as in MODEL.WEIGHTS")
+    parser.add_argument("output", metavar="OUT", help=f"ends with {', '.join(WRITERS)}")
+    parser.add_argument("--config-file", metavar="FILE", help="YAML, whose ViT OUT is to fit")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keys that may be missing, left over or of another shape; may be repeated",
+    )
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    return parser.parse_intermixed_args(argv)
+
+
+def convert(
+    state: dict[str, Tensor],
+    config_file: str | None,
+    overrides: Sequence[str],
+    allow: Sequence[str],
+) -> tuple[dict[str, Tensor], CheckpointReport, dict[str, Any]]:
+    """What the command writes and prints.
+
+    Args:
+        state: name -> tensor, a plain ViT or a detector.
+        config_file: None for a config of what the weights show.
+        overrides: KEY VALUE words for the config.
+        allow: patterns of keys that need not fit.
+
+    Returns:
+        The weights in Detectron2's keys, the report, the keys of MODEL.VIT that they fit.
+
+    Raises:
+        UserError: the weights or the config cannot be used.
+    """
+    redundant = redundant_scalars(state)
+    state = {key: tensor for key, tensor in state.items() if key not in redundant}
+    with weights_being_read():
+        found = find_plain_vit(state)
+    if config_file is None:
+        # Where the weights show no windows, any would fit.
+        shown = {"window_block_indexes": [], **describe_vit(found.state)}
+        del shown["in_chans"]
+        words = [(f"MODEL.VIT.{name.upper()}", str(value)) for name, value in shown.items()]
+        overrides = [*(word for pair in words for word in pair), *overrides]
+    cfg = load_config(config_file, overrides, choose_engine("auto"))
+    with torch.device("meta"), config_section("MODEL.VIT"):
+        vit = Dr2NetViT(**vit_arguments(cfg))
+    allow = [*cfg.MODEL.DR2NET.ALLOW_PARTIAL, *allow]
+
+    around: dict[str, Tensor] = {}
+    prefix = ""
+    if any(matches(key, DETECTOR) for key in state):
+        prefix = found.prefix.removeprefix("module.")
+        around = {key: state.pop(key) for key in list(state) if not key.startswith(found.prefix)}
+    converted, report = fit_checkpoint(convert_vit_checkpoint, state, vit, allow)
+    report.loaded += around
+    report.dropped |= redundant
+    weights = {f"{prefix}{name}": tensor for name, tensor in converted.items()}
+    weights |= {key.removeprefix("module."): tensor for key, tensor in around.items()}
+    names = [name.upper() for name in describe_vit(vit.state_dict()) if name != "in_chans"]
+    return weights, report, {name: cfg.MODEL.VIT[name] for name in names}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert what the arguments name, print the report and the keys, write the file.
+
+    Raises:
+        UserError: a file or the config cannot be used; OUT is as it was.
+    """
+    source = locate_weights(args.weights)
+    if not Path(source).is_file():
+        raise WeightsError(f"IN is {args.weights!r}; give a file, downloaded before")
+    check_output(args.output)
+    if Path(args.output).resolve() == Path(source).resolve():
+        raise WeightsError(f"IN and OUT are both {args.output!r}; choose another OUT")
+    state = read_checkpoint(source)["model"]
+    weights, report, keys = convert(state, args.config_file, args.opts, args.allow)
+    write_weights(weights, args.output)
+    print("\n".join(report.lines()))
+    print("\n".join(["MODEL:", "  VIT:", *(f"    {key}: {value}" for key, value in keys.items())]))
+    if args.config_file is None and not keys["USE_REL_POS"]:
+        logger.info("NUM_HEADS is the usual number for the width; the weights do not show it")
+    if coupled := [key for key in weights if matches(key, COEFFICIENTS)]:
+        logger.warning(
+            "%s: Detectron2's own ViT would not give the same; load it into build_dr2net_*",
+            ", ".join(f"{key} is {weights[key].tolist()}" for key in coupled),
+        )
+    logger.info("wrote %s", args.output)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command("dr2net_d2.convert", run, parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
