@@ -21,9 +21,15 @@ logger = logging.getLogger(__name__)
 
 LEAN_PARTS = ("pyramid", "rpn", "roi")
 
+BACKBONE_SECTIONS = ("VIT", "SWIN", "MVIT")
+"""Sections of MODEL, each of which describes one kind of backbone."""
+
 
 def add_dr2net_config(cfg: CfgNode) -> None:
-    """Add the keys of this project to a config: MODEL.VIT.*, MODEL.DR2NET.*, two of SOLVER."""
+    """Add the keys of this project to a config.
+
+    MODEL.VIT.*, MODEL.SWIN.*, MODEL.MVIT.*, MODEL.DR2NET.*, two of SOLVER.
+    """
     node = type(cfg)
 
     # The plain ViT; the defaults are ViTDet-B. Both stock and Dr2Net backbones read these.
@@ -50,6 +56,9 @@ def add_dr2net_config(cfg: CfgNode) -> None:
     vit.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
     # Pad both sides of every image to a multiple of this, in px; 0: of the coarsest stride.
     vit.SQUARE_PAD = 0
+
+    _add_swin(cfg.MODEL)
+    _add_mvit(cfg.MODEL)
 
     cfg.MODEL.DR2NET = dr2net = node()
     # False stores activations as an ordinary network does, with the same arithmetic.
@@ -81,9 +90,87 @@ def add_dr2net_config(cfg: CfgNode) -> None:
     cfg.SOLVER.LAYER_DECAY = 1.0
 
 
+def _add_swin(model: CfgNode) -> None:
+    # Swin; the defaults are Swin-T. Both stock and Dr2Net backbones read these.
+    model.SWIN = swin = type(model)()
+    # Width of the first stage; it doubles with every further one.
+    swin.EMBED_DIM = 96
+    # Blocks and attention heads of each stage.
+    swin.DEPTHS = [2, 2, 6, 2]
+    swin.NUM_HEADS = [3, 6, 12, 24]
+    # Window side in tokens.
+    swin.WINDOW_SIZE = 7
+    swin.MLP_RATIO = 4.0
+    swin.QKV_BIAS = True
+    # Stochastic depth rate of the last block; it grows linearly from 0 at the first.
+    swin.DROP_PATH_RATE = 0.2
+    # Absolute positions, and the side in px of the pretraining images, which sizes their table.
+    swin.APE = False
+    swin.PRETRAIN_IMG_SIZE = 224
+    # LayerNorm after the patch embedding.
+    swin.PATCH_NORM = True
+    # What stays as pretrained: -1 nothing, 0 the patch embedding, n > 1 also n - 1 stages.
+    swin.FROZEN_STAGES = -1
+    # Pad both sides of every image to a multiple of this, in px; 0: of the coarsest stride.
+    swin.SQUARE_PAD = 0
+
+
+def _add_mvit(model: CfgNode) -> None:
+    # MViTv2; the defaults are MViTv2-T. Both stock and Dr2Net backbones read these.
+    model.MVIT = mvit = type(model)()
+    # Side in px that relative position tables are sized for; others are interpolated.
+    mvit.IMG_SIZE = 224
+    # Width and attention heads of the first stage; both double with every further one.
+    mvit.EMBED_DIM = 96
+    mvit.NUM_HEADS = 1
+    mvit.DEPTH = 10
+    # The last block of each of the four stages.
+    mvit.LAST_BLOCK_INDEXES = [0, 2, 7, 9]
+    # Stride of the pooled keys and values in the first stage; it halves with every further one.
+    mvit.ADAPTIVE_KV_STRIDE = 4
+    # Window side in tokens in the first stage; it halves with every further one.
+    mvit.ADAPTIVE_WINDOW_SIZE = 56
+    # Add the pooled queries to what attention gives.
+    mvit.RESIDUAL_POOLING = True
+    mvit.MLP_RATIO = 4.0
+    mvit.QKV_BIAS = True
+    # Stochastic depth rate of the last block; it grows linearly from 0 at the first.
+    mvit.DROP_PATH_RATE = 0.1
+    mvit.USE_ABS_POS = False
+    mvit.USE_REL_POS = True
+    # Side in px of the pretraining images, which sizes the absolute position table.
+    mvit.PRETRAIN_IMG_SIZE = 224
+    mvit.PRETRAIN_USE_CLS_TOKEN = True
+    # Pad both sides of every image to a multiple of this, in px; 0: of the coarsest stride.
+    mvit.SQUARE_PAD = 0
+
+
+def backbone_section(cfg: CfgNode, section: str) -> CfgNode:
+    """MODEL.``section``, one of ``BACKBONE_SECTIONS``, to build a backbone from.
+
+    Raises:
+        ConfigError: a key of another of these sections has been set, which would not be read.
+    """
+    defaults = CfgNode({"MODEL": {}, "SOLVER": {}})
+    add_dr2net_config(defaults)
+    for other in BACKBONE_SECTIONS:
+        for key, default in defaults.MODEL[other].items() if other != section else ():
+            if (value := cfg.MODEL[other][key]) != default:
+                raise ConfigError(
+                    f"MODEL.{other}.{key} is {value!r}, but MODEL.BACKBONE.NAME "
+                    f"{cfg.MODEL.BACKBONE.NAME} is built from MODEL.{section}; name a backbone of "
+                    f"MODEL.{other}, or leave that section at its defaults"
+                )
+    return cfg.MODEL[section]
+
+
 def vit_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """Keyword arguments that Detectron2's ``ViT`` and our ``Dr2NetViT`` have in common."""
-    vit = cfg.MODEL.VIT
+    """Keyword arguments that Detectron2's ``ViT`` and our ``Dr2NetViT`` have in common.
+
+    Raises:
+        ConfigError: see ``backbone_section``.
+    """
+    vit = backbone_section(cfg, "VIT")
     return {
         "img_size": vit.IMG_SIZE,
         "patch_size": vit.PATCH_SIZE,
@@ -104,7 +191,7 @@ def vit_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def dr2net_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """Keyword arguments that only ``Dr2NetViT`` has."""
+    """Keyword arguments that only our backbones have."""
     dr2net = cfg.MODEL.DR2NET
     return {
         "reversible": dr2net.REVERSIBLE,

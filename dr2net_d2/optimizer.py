@@ -12,6 +12,7 @@ from torch import nn
 from dr2net_d2.errors import ConfigError
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+_POSITIONS = ("pos_embed", "absolute_pos_embed", "relative_position_bias_table")
 
 
 def layer_decay_factor(name: str, depth: int, decay: float) -> float:
@@ -39,8 +40,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups ``{params, lr, weight_decay}``, parameters of equal settings together.
 
-    Norm layers get ``weight_decay_norm``, position embeddings none, everything else
-    ``weight_decay``. Frozen parameters are left out, shared ones come once.
+    Norm layers get ``weight_decay_norm``, position embeddings and Swin's tables of relative
+    positions none, everything else ``weight_decay``. Frozen parameters are left out, shared ones
+    come once.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
@@ -50,7 +52,7 @@ def parameter_groups(
                 continue
             seen.add(parameter)
             decay = weight_decay_norm if isinstance(module, _NORMS) else weight_decay
-            if name == "pos_embed":
+            if name in _POSITIONS:
                 decay = 0.0
             full_name = f"{module_name}.{name}" if module_name else name
             lr = base_lr * layer_decay_factor(full_name, depth, layer_decay)
@@ -68,9 +70,15 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     Detectron2; "full_model" the norm of all together, as ViTDet's recipe does.
 
     Raises:
-        ConfigError: no trainable parameter, an unknown optimizer or clip type.
+        ConfigError: no trainable parameter, an unknown optimizer or clip type, LAYER_DECAY on a
+            backbone whose layers it does not count.
     """
     solver = cfg.SOLVER
+    if solver.LAYER_DECAY != 1 and cfg.MODEL.BACKBONE.NAME.endswith("_fpn_backbone"):
+        raise ConfigError(
+            f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}, which counts the layers of a plain ViT; "
+            f"set it to 1 for MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME}"
+        )
     groups = parameter_groups(
         model,
         solver.BASE_LR,

@@ -12,22 +12,35 @@ from dr2net_d2.d2.backbone import (
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import register_dataset
 from dr2net_d2.d2.engine import Trainer, run
+from dr2net_d2.d2.fpn import (
+    build_dr2net_mvit_fpn_backbone,
+    build_dr2net_swin_fpn_backbone,
+    build_mvit_fpn_backbone,
+    build_swin_fpn_backbone,
+)
 from dr2net_d2.d2.hooks import CoefficientHook, NonFiniteGuard, PeakMemory, SeedIterations
 from dr2net_d2.d2.lean import build_detector, make_lean
+from dr2net_d2.d2.stages import Dr2NetMViT, Dr2NetSwin
 
 __all__ = [
     "CoefficientHook",
     "Dr2NetBackbone",
     "Dr2NetCheckpointer",
+    "Dr2NetMViT",
     "Dr2NetPyramid",
+    "Dr2NetSwin",
     "NonFiniteGuard",
     "PeakMemory",
     "SeedIterations",
     "Trainer",
     "add_dr2net_config",
     "build_detector",
+    "build_dr2net_mvit_fpn_backbone",
+    "build_dr2net_swin_fpn_backbone",
     "build_dr2net_vit_backbone",
     "build_dr2net_vitdet_backbone",
+    "build_mvit_fpn_backbone",
+    "build_swin_fpn_backbone",
     "build_vit_backbone",
     "build_vitdet_backbone",
     "make_lean",

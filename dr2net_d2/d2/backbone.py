@@ -19,7 +19,7 @@ from dr2net_d2.errors import ConfigError, config_section
 _NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
-class _Padded(Backbone):
+class PaddedBackbone(Backbone):
     """A backbone whose images are padded to multiples of ``size_divisibility`` px on both sides.
 
     A square to pad to is such a multiple too. Detectron2's own way to ask for a square cuts larger
@@ -33,14 +33,14 @@ class _Padded(Backbone):
         return {"size_divisibility": self.size_divisibility}
 
 
-class Dr2NetBackbone(Dr2NetViT, _Padded):
+class Dr2NetBackbone(Dr2NetViT, PaddedBackbone):
     """``Dr2NetViT`` as a Detectron2 backbone with one feature map, "last_feat" by default."""
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {self.out_feature: ShapeSpec(channels=self.embed_dim, stride=self.patch_size)}
 
 
-class Dr2NetPyramid(SimpleFeaturePyramid, _Padded):
+class Dr2NetPyramid(SimpleFeaturePyramid, PaddedBackbone):
     """``SimpleFeaturePyramid`` as a Detectron2 backbone, levels "p<log2 of the stride>"."""
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -50,11 +50,11 @@ class Dr2NetPyramid(SimpleFeaturePyramid, _Padded):
         }
 
 
-class StockBackbone(_Padded, stock.ViT):
+class StockBackbone(PaddedBackbone, stock.ViT):
     """Detectron2's ViT, padded as ours."""
 
 
-class StockPyramid(_Padded, stock.SimpleFeaturePyramid):
+class StockPyramid(PaddedBackbone, stock.SimpleFeaturePyramid):
     """Detectron2's simple feature pyramid, padded as ours."""
 
 
@@ -63,7 +63,7 @@ def build_dr2net_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Dr2NetBac
     """Our ViT alone, output "last_feat"."""
     with config_section("MODEL.VIT, MODEL.DR2NET"):
         vit = Dr2NetBackbone(norm_layer=_NORM, **vit_arguments(cfg), **dr2net_arguments(cfg))
-    vit.size_divisibility = _padding(cfg, vit.patch_size)
+    vit.size_divisibility = padding(cfg, "VIT", vit.patch_size)
     return vit
 
 
@@ -78,7 +78,7 @@ def build_dr2net_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Dr2Net
             cfg.MODEL.VIT.SCALE_FACTORS,
             lean="pyramid" in lean_parts(cfg),
         )
-    pyramid.size_divisibility = _padding(cfg, pyramid.size_divisibility)
+    pyramid.size_divisibility = padding(cfg, "VIT", pyramid.size_divisibility)
     return pyramid
 
 
@@ -86,7 +86,7 @@ def build_dr2net_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Dr2Net
 def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> StockBackbone:
     """Detectron2's ViT alone, output "last_feat"."""
     vit = StockBackbone(norm_layer=_NORM, **vit_arguments(cfg))
-    vit.size_divisibility = _padding(cfg, cfg.MODEL.VIT.PATCH_SIZE)
+    vit.size_divisibility = padding(cfg, "VIT", cfg.MODEL.VIT.PATCH_SIZE)
     return vit
 
 
@@ -104,17 +104,22 @@ def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> StockPyramid:
         scale_factors=scale_factors,
         top_block=top_block,
     )
-    pyramid.size_divisibility = _padding(cfg, max(patch_size, last_stride))
+    pyramid.size_divisibility = padding(cfg, "VIT", max(patch_size, last_stride))
     return pyramid
 
 
-def _padding(cfg: CfgNode, stride: int) -> int:
-    """The multiple of px that images are padded to: the stride, or a square of whole strides."""
-    square = math.ceil(cfg.MODEL.VIT.SQUARE_PAD / stride) * stride
+def padding(cfg: CfgNode, section: str, stride: int) -> int:
+    """The multiple of px that images are padded to: the stride, or a square of whole strides.
+
+    Raises:
+        ConfigError: INPUT allows images that are larger than the square, MODEL.section.SQUARE_PAD.
+    """
+    square = math.ceil(cfg.MODEL[section].SQUARE_PAD / stride) * stride
     for key in ("MAX_SIZE_TRAIN", "MAX_SIZE_TEST"):
         if 0 < square < cfg.INPUT[key]:
             raise ConfigError(
-                f"INPUT.{key} is {cfg.INPUT[key]} and MODEL.VIT.SQUARE_PAD {square}: larger images "
-                "would need several squares; lower the one or raise the other (0 pads to strides)"
+                f"INPUT.{key} is {cfg.INPUT[key]} and MODEL.{section}.SQUARE_PAD {square}: larger "
+                "images would need several squares; lower the one or raise the other (0 pads to "
+                "strides)"
             )
     return square or stride
