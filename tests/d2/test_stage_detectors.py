@@ -1,0 +1,224 @@
+"""Detectors on Swin and MViTv2 from YAML: built, trained, resumed, evaluated, refused."""
+
+import argparse
+import math
+import pickle
+import shutil
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_backbone, build_model
+from detectron2.solver import get_default_optimizer_params
+from detectron2.utils.events import EventStorage
+
+from dr2net_d2.commands import load_config
+from dr2net_d2.config import add_dr2net_config, backbone_section, coefficient_schedule
+from dr2net_d2.core import reversible_stacks
+from dr2net_d2.d2 import Dr2NetCheckpointer, Trainer, build_detector, run
+from dr2net_d2.d2.lean import LeanRPN
+from dr2net_d2.errors import ConfigError
+from dr2net_d2.optimizer import parameter_groups
+from tests.d2.tiny import YAML, batch
+
+BACKBONES = {
+    "swin": """
+  BACKBONE: {NAME: build_dr2net_swin_fpn_backbone}
+  SWIN: {EMBED_DIM: 8, DEPTHS: [2, 3], NUM_HEADS: [2, 4], WINDOW_SIZE: 4, DROP_PATH_RATE: 0.2}
+""",
+    "mvit": """
+  BACKBONE: {NAME: build_dr2net_mvit_fpn_backbone}
+  MVIT: {EMBED_DIM: 8, DEPTH: 6, LAST_BLOCK_INDEXES: [1, 4, 5], ADAPTIVE_WINDOW_SIZE: 8,
+         IMG_SIZE: 64, DROP_PATH_RATE: 0.2}
+""",
+}
+STAGES = {"swin": 2, "mvit": 2}
+IN_FEATURES = {"swin": ["p0", "p1"], "mvit": ["scale2", "scale3"]}
+SECTION = {"swin": "SWIN", "mvit": "MVIT"}
+BOTH = list(BACKBONES)
+VIT = YAML[YAML.index("  BACKBONE:") : YAML.index("  FPN:")]
+OTHERS = {"FPN: {": "FPN: {NORM: LN, ", "LAYER_DECAY: 0.9": "LAYER_DECAY: 1.0"}
+
+
+def write_yaml(folder, name):
+    text = YAML.replace(VIT, BACKBONES[name].lstrip("\n"))
+    for old, new in OTHERS.items():
+        text = text.replace(old, new)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.yaml").write_text(text)
+    return str(folder / f"{name}.yaml")
+
+
+def arguments(folder, name, *opts, resume=False):
+    features = ["MODEL.FPN.IN_FEATURES", str(IN_FEATURES[name])]
+    return argparse.Namespace(
+        config_file=write_yaml(folder, name),
+        opts=["OUTPUT_DIR", str(folder / "output"), *features, *map(str, opts)],
+        eval_only=False, resume=resume, num_gpus=1, num_machines=1, machine_rank=0,
+        dist_url="auto",
+    )  # fmt: skip
+
+
+def config(folder, name, *opts):
+    args = arguments(folder, name, *opts)
+    return load_config(args.config_file, args.opts, "detectron2")
+
+
+def weights(folder, file="model_final.pth"):
+    return torch.load(folder / "output" / file)["model"]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_training_runs_resumes_and_evaluates(tmp_path, name):
+    opts = ("SOLVER.MAX_ITER", 4, "SOLVER.STEPS", (3,), "SOLVER.CHECKPOINT_PERIOD", 2,
+            "TEST.EVAL_PERIOD", 0)  # fmt: skip
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    results = run(arguments(whole, name, *opts))
+    assert math.isfinite(results["bbox"]["AP"])
+    trained = weights(whole)
+    # Beta has moved in every stage, from 1/16 to what the last iteration had.
+    betas = [value.item() for key, value in trained.items() if key.endswith("coefficients.beta")]
+    schedule = coefficient_schedule(config(whole, name))
+    assert betas == [schedule(3 / 4)[1]] * STAGES[name]
+    peaks = [value.item() for key, value in trained.items() if key.endswith("stream_range.peak")]
+    assert len(peaks) == STAGES[name] and min(peaks) > 0
+
+    (resumed / "output").mkdir(parents=True)
+    shutil.copy(whole / "output" / "model_0000001.pth", resumed / "output")
+    (resumed / "output" / "last_checkpoint").write_text("model_0000001.pth")
+    again = run(arguments(resumed, name, *opts, resume=True))
+    assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+    for key, tensor in trained.items():
+        assert torch.equal(tensor, weights(resumed)[key]), key
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_detectors_differ_by_one_word_and_agree(tmp_path, name):
+    cfg = config(tmp_path, name, f"MODEL.{SECTION[name]}.DROP_PATH_RATE", 0.0)
+    ours = build_model(cfg)
+    cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("dr2net_", "")
+    theirs = build_model(cfg)
+    assert not reversible_stacks(theirs) and len(reversible_stacks(ours)) == STAGES[name]
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert ours.backbone.output_shape() == theirs.backbone.output_shape()
+    losses = []
+    for model in (theirs, ours):
+        torch.manual_seed(1)
+        with EventStorage():
+            losses.append(model.train()(batch((64, 56), (48, 64))))
+    for loss, expected in losses[0].items():
+        torch.testing.assert_close(losses[1][loss], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_heads_are_lean_on_our_backbones_alone(tmp_path, name):
+    cfg = config(tmp_path, name)
+    assert type(build_detector(cfg).proposal_generator) is LeanRPN
+    cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("dr2net_", "")
+    assert type(build_detector(cfg).proposal_generator) is not LeanRPN
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_zoo_file_of_the_whole_detector_is_loaded_completely(tmp_path, name):
+    cfg = config(tmp_path, name)
+    ours = build_model(cfg)
+    cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("dr2net_", "")
+    zoo = build_model(cfg)
+    path = tmp_path / "model_final_0a1b2c.pkl"
+    state = {key: value.numpy() for key, value in zoo.state_dict().items()}
+    path.write_bytes(pickle.dumps({"model": state, "__author__": "Third Party"}))
+    Dr2NetCheckpointer(ours).load(str(path))
+    assert all(map(torch.equal, ours.parameters(), zoo.parameters()))
+    assert all(stack.coefficients.values == (1, 0) for stack in reversible_stacks(ours))
+
+
+@pytest.mark.parametrize(("name", "overrides"), [
+    ("swin", {"relative_position_bias_table": {"weight_decay": 0.0}}),
+    ("mvit", {"pos_embed": {"weight_decay": 0.0}}),
+])  # fmt: skip
+def test_parameter_groups_are_those_of_detectron2s_recipes(tmp_path, name, overrides):
+    cfg = config(tmp_path, name, "MODEL.MVIT.USE_ABS_POS", name == "mvit")
+    model = build_model(cfg)
+
+    def settings(groups):
+        return {
+            parameter: (group["lr"], group["weight_decay"])
+            for group in groups
+            for parameter in group["params"]
+        }
+
+    expected = get_default_optimizer_params(
+        model, base_lr=0.1, weight_decay=0.05, weight_decay_norm=0.0, overrides=overrides
+    )
+    actual = settings(parameter_groups(model, 0.1, 0.05, 0.0, 1.0, 12))
+    assert actual == settings(expected)
+    cfg.SOLVER.LAYER_DECAY = 0.7
+    with pytest.raises(ConfigError, match=r"LAYER_DECAY is 0.7, .*plain ViT; set it to 1 for"):
+        Trainer.build_optimizer(cfg, model)
+
+
+REFUSED = {
+    "a Swin config, built as a ViT": (
+        "swin", ("MODEL.BACKBONE.NAME", "build_dr2net_vitdet_backbone"),
+        r"MODEL.SWIN.EMBED_DIM is 8, but MODEL.BACKBONE.NAME build_dr2net_vitdet_backbone is built "
+        r"from MODEL.VIT; name a backbone of MODEL.SWIN",
+    ),
+    "a Swin config, built as Detectron2's ViT": (
+        "swin", ("MODEL.BACKBONE.NAME", "build_vitdet_backbone"), r"MODEL.SWIN.EMBED_DIM is 8",
+    ),
+    "a ViT config, built as Swin": (
+        "swin", ("MODEL.VIT.DEPTH", 24), r"MODEL.VIT.DEPTH is 24, .* built from MODEL.SWIN",
+    ),
+    "a Swin config, built as MViT": (
+        "swin", ("MODEL.BACKBONE.NAME", "build_mvit_fpn_backbone"), r"built from MODEL.MVIT",
+    ),
+    "an MViT config, built as Swin": (
+        "mvit", ("MODEL.BACKBONE.NAME", "build_swin_fpn_backbone"), r"built from MODEL.SWIN",
+    ),
+    "heads of fewer stages": (
+        "swin", ("MODEL.SWIN.NUM_HEADS", [2]), r"SWIN.NUM_HEADS is \[2\]; .*widths \[8, 16\]",
+    ),
+    "heads that do not divide": (
+        "mvit", ("MODEL.MVIT.NUM_HEADS", 3), r"MVIT.NUM_HEADS is \[3\]; .*widths \[8\]",
+    ),
+    "stages beyond the last block": (
+        "mvit", ("MODEL.MVIT.DEPTH", 5), r"LAST_BLOCK_INDEXES is \[1, 4, 5\]; .*DEPTH - 1, 4",
+    ),
+    "outputs of a ResNet": (
+        "swin", ("MODEL.FPN.IN_FEATURES", ["res2"]),
+        r"FPN.IN_FEATURES has 'res2'; .*gives \['p0', 'p1'\]",
+    ),
+    "an arithmetic": (
+        "mvit", ("MODEL.DR2NET.ARITHMETIC", "decimal"), r"MODEL.DR2NET: arithmetic is 'decimal'",
+    ),
+    "a square": (
+        "swin", ("MODEL.SWIN.SQUARE_PAD", 32), r"MAX_SIZE_TRAIN is 64 and MODEL.SWIN.SQUARE_PAD 32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "opts", "message"), REFUSED.values(), ids=REFUSED)
+def test_configs_that_do_not_fit_are_config_errors(tmp_path, name, opts, message):
+    with pytest.raises(ConfigError, match=message):
+        build_backbone(config(tmp_path, name, *opts))
+
+
+def test_images_are_padded_as_configured(tmp_path):
+    assert build_backbone(config(tmp_path, "swin")).padding_constraints == {"size_divisibility": 8}
+    square = config(tmp_path, "mvit", "MODEL.MVIT.SQUARE_PAD", 100)
+    assert build_backbone(square).padding_constraints == {"size_divisibility": 104}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_all_outputs_go_into_the_pyramid_unless_some_are_named(tmp_path, name):
+    cfg = config(tmp_path, name, "MODEL.FPN.IN_FEATURES", [])
+    levels = list(build_backbone(cfg).output_shape())
+    assert levels == ["p2", "p3", "p4", "p5"][: len(levels)]
+    assert len(levels) == {"swin": 3, "mvit": 4}[name]
+
+
+def test_defaults_of_one_section_do_not_hinder_another():
+    cfg = get_cfg()
+    add_dr2net_config(cfg)
+    for section in ("VIT", "SWIN", "MVIT"):
+        assert backbone_section(cfg, section) is cfg.MODEL[section]
