@@ -164,6 +164,18 @@ def backbone_section(cfg: CfgNode, section: str) -> CfgNode:
     return cfg.MODEL[section]
 
 
+def require_plain_vit(cfg: CfgNode, what: str) -> None:
+    """Refuse a backbone of stages, an FPN on a ResNet, Swin or MViT, for ``what``.
+
+    Raises:
+        ConfigError: names it and MODEL.BACKBONE.NAME.
+    """
+    if cfg.MODEL.BACKBONE.NAME.endswith("_fpn_backbone"):
+        raise ConfigError(
+            f"{what} is for plain ViTs, but MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}"
+        )
+
+
 def vit_arguments(cfg: CfgNode) -> dict[str, Any]:
     """Keyword arguments that Detectron2's ``ViT`` and our ``Dr2NetViT`` have in common.
 

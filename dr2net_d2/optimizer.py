@@ -9,6 +9,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from dr2net_d2.config import require_plain_vit
 from dr2net_d2.errors import ConfigError
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -74,11 +75,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             backbone whose layers it does not count.
     """
     solver = cfg.SOLVER
-    if solver.LAYER_DECAY != 1 and cfg.MODEL.BACKBONE.NAME.endswith("_fpn_backbone"):
-        raise ConfigError(
-            f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}, which counts the layers of a plain ViT; "
-            f"set it to 1 for MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME}"
-        )
+    if solver.LAYER_DECAY != 1:
+        require_plain_vit(cfg, f"SOLVER.LAYER_DECAY {solver.LAYER_DECAY} (1 turns it off)")
     groups = parameter_groups(
         model,
         solver.BASE_LR,

@@ -4,6 +4,7 @@ import argparse
 import math
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +13,22 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.solver import get_default_optimizer_params
 from detectron2.utils.events import EventStorage
 
+from dr2net_d2 import fidelity
 from dr2net_d2.commands import load_config
 from dr2net_d2.config import add_dr2net_config, backbone_section, coefficient_schedule
 from dr2net_d2.core import reversible_stacks
 from dr2net_d2.d2 import Dr2NetCheckpointer, Trainer, build_detector, run
 from dr2net_d2.d2.lean import LeanRPN
+from dr2net_d2.dry_run import DryRun
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.optimizer import parameter_groups
+from dr2net_d2.planner import predict
+from dr2net_d2.simulation import parameters_on_meta
+from tests.d2.test_plan import FULL, real_iteration
+from tests.d2.test_stages import BASE, NETWORKS
 from tests.d2.tiny import YAML, batch
+
+ROOT = Path(__file__).parents[2]
 
 BACKBONES = {
     "swin": """
@@ -86,8 +95,7 @@ def test_a_training_runs_resumes_and_evaluates(tmp_path, name):
     (resumed / "output").mkdir(parents=True)
     shutil.copy(whole / "output" / "model_0000001.pth", resumed / "output")
     (resumed / "output" / "last_checkpoint").write_text("model_0000001.pth")
-    again = run(arguments(resumed, name, *opts, resume=True))
-    assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+    run(arguments(resumed, name, *opts, "DATASETS.TEST", (), resume=True))
     continued = weights(resumed)
     for key, tensor in trained.items():
         assert torch.equal(tensor, continued[key]), key
@@ -154,7 +162,7 @@ def test_parameter_groups_are_those_of_detectron2s_recipes(tmp_path, name, overr
     actual = settings(parameter_groups(model, 0.1, 0.05, 0.0, 1.0, 12))
     assert actual == settings(expected)
     cfg.SOLVER.LAYER_DECAY = 0.7
-    with pytest.raises(ConfigError, match=r"LAYER_DECAY is 0.7, .*plain ViT; set it to 1 for"):
+    with pytest.raises(ConfigError, match=r"LAYER_DECAY 0.7 \(1 turns it off\) is for plain ViTs"):
         Trainer.build_optimizer(cfg, model)
 
 
@@ -204,6 +212,13 @@ def test_configs_that_do_not_fit_are_config_errors(tmp_path, name, opts, message
         build_backbone(config(tmp_path, name, *opts))
 
 
+def test_fidelity_is_for_plain_vits(tmp_path, capsys):
+    argv = ["--config-file", write_yaml(tmp_path, "swin"), "--output", str(tmp_path / "out")]
+    assert fidelity.main(argv) == 2
+    assert "fidelity is for plain ViTs, but MODEL.BACKBONE.NAME is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_images_are_padded_as_configured(tmp_path):
     assert build_backbone(config(tmp_path, "swin")).padding_constraints == {"size_divisibility": 8}
     square = config(tmp_path, "mvit", "MODEL.MVIT.SQUARE_PAD", 100)
@@ -223,3 +238,47 @@ def test_defaults_of_one_section_do_not_hinder_another():
     add_dr2net_config(cfg)
     for section in ("VIT", "SWIN", "MVIT"):
         assert backbone_section(cfg, section) is cfg.MODEL[section]
+
+
+CASCADE = [
+    *("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
+    *("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.05, 0.05, 0.05)),
+]
+
+
+@pytest.mark.parametrize(("name", "heads"), [("swin", CASCADE), ("mvit", [])], ids=BOTH)
+def test_a_real_iteration_takes_what_is_predicted(tmp_path, name, heads):
+    opts = (*FULL[:-2], f"MODEL.{SECTION[name]}.DROP_PATH_RATE", 0.0, *heads)
+    cfg = config(tmp_path, name, *opts)
+    beyond, saved = real_iteration(cfg, 128, 2, objects=6)
+    found = predict(cfg, "dr2net", 128, 2, objects=6, coefficients=(0.5, 0.5))
+    assert found.saved == pytest.approx(saved, rel=0.001)
+    assert found.beyond == pytest.approx(beyond, rel=0.01)
+
+
+def test_checkpoints_are_planned_around_the_blocks_of_every_stage(tmp_path):
+    cfg = config(tmp_path, "swin")
+    stock, checkpointed = (
+        DryRun(cfg, arm, "detectron2").saved_bytes(128, 1, objects=6)
+        for arm in ("stock", "stock + checkpoint")
+    )
+    assert checkpointed < 0.7 * stock
+
+
+@pytest.mark.parametrize(("file", "name"), [
+    ("cascade_mask_rcnn_swin_b", "swin"), ("cascade_mask_rcnn_mvitv2_b", "mvit"),
+])  # fmt: skip
+def test_the_configs_have_the_networks_of_the_recipes(file, name):
+    path = ROOT / "configs" / "COCO-InstanceSegmentation" / f"{file}.yaml"
+    cfg = load_config(str(path), ["MODEL.DEVICE", "meta"], "detectron2")
+    with parameters_on_meta():
+        detector = build_detector(cfg)
+        stock = NETWORKS[name][0](**BASE[name])
+    ours, theirs = (
+        {key: parameter.shape for key, parameter in network.named_parameters()}
+        for network in (detector.backbone.bottom_up, stock)
+    )
+    assert ours == theirs
+    assert len(detector.roi_heads.box_head) == 3  # a cascade
+    assert detector.backbone.padding_constraints == {"size_divisibility": 1024}
+    Trainer.build_optimizer(cfg, detector)
