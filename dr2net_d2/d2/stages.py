@@ -1,9 +1,9 @@
 """Detectron2's hierarchical backbones with reversible stages: Swin (arXiv 2103.14030) and MViTv2
 (arXiv 2112.01526).
 
-Inside a stage, where the resolution and the width stay, the blocks are steps of a reversible stack.
-Between stages, where the stream is pooled or merged, ordinary autograd runs, with one checkpoint.
-The networks are Detectron2's own objects, so arguments and names of parameters are too.
+Inside a stage, where resolution and width stay, the blocks are steps of a reversible stack. Between
+stages, where the stream is pooled or merged, ordinary autograd runs. The networks are Detectron2's
+own objects, so their arguments and the names of their parameters are too.
 """
 
 from __future__ import annotations
@@ -197,8 +197,10 @@ def _changes_stream(block: nn.Module) -> bool:
 
 
 def _between(reversible: bool, module: Callable[..., Tensor], *args: Any) -> Tensor:
-    """``module(*args)``, by itself; what it would save is more than a reversible stage does."""
-    return checkpoint(module, *args, use_reentrant=False) if reversible else module(*args)
+    """``module(*args)``, checkpointed beside reversible stages: it would save more than they do."""
+    if reversible and torch.is_grad_enabled():
+        return checkpoint(module, *args, use_reentrant=False)
+    return module(*args)
 
 
 def _refuse_checkpoints(name: str, arguments: dict[str, Any]) -> None:

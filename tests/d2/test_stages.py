@@ -214,5 +214,5 @@ def test_megabytes_that_a_1024_px_image_keeps_for_the_backward(
             network.to_empty(device="cpu")
             with count_saved_bytes(exclude=network.parameters()) as saved:
                 network(torch.randn(1, 3, 1024, 1024))
-        found.append(round(saved.total / 1e6))
-    assert found == [stock, checkpointed, reversible]
+        found.append(saved.total / 1e6)
+    assert found == pytest.approx([stock, checkpointed, reversible], rel=0.01)
