@@ -1,6 +1,5 @@
 """Detectors on Swin and MViTv2 from YAML: built, trained, resumed, evaluated, refused."""
 
-import argparse
 import math
 import pickle
 import shutil
@@ -24,9 +23,9 @@ from dr2net_d2.errors import ConfigError
 from dr2net_d2.optimizer import parameter_groups
 from dr2net_d2.planner import predict
 from dr2net_d2.simulation import parameters_on_meta
+from tests.d2 import tiny
 from tests.d2.test_plan import FULL, real_iteration
 from tests.d2.test_stages import BASE, NETWORKS
-from tests.d2.tiny import YAML, batch
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,31 +40,27 @@ BACKBONES = {
          IMG_SIZE: 64, DROP_PATH_RATE: 0.2}
 """,
 }
-STAGES = {"swin": 2, "mvit": 2}
+STAGES = 2
 IN_FEATURES = {"swin": ["p0", "p1"], "mvit": ["scale2", "scale3"]}
 SECTION = {"swin": "SWIN", "mvit": "MVIT"}
 BOTH = list(BACKBONES)
-VIT = YAML[YAML.index("  BACKBONE:") : YAML.index("  FPN:")]
-OTHERS = {"FPN: {": "FPN: {NORM: LN, ", "LAYER_DECAY: 0.9": "LAYER_DECAY: 1.0"}
+VIT = tiny.YAML[tiny.YAML.index("  BACKBONE:") : tiny.YAML.index("  FPN:")]
 
 
 def write_yaml(folder, name):
-    text = YAML.replace(VIT, BACKBONES[name].lstrip("\n"))
-    for old, new in OTHERS.items():
-        text = text.replace(old, new)
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.yaml").write_text(text)
-    return str(folder / f"{name}.yaml")
+    text = tiny.YAML.replace(VIT, BACKBONES[name].lstrip("\n"))
+    text = text.replace("FPN: {", "FPN: {NORM: LN, ").replace("LAYER_DECAY: 0.9, ", "")
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    return str(path)
 
 
 def arguments(folder, name, *opts, resume=False):
-    features = ["MODEL.FPN.IN_FEATURES", str(IN_FEATURES[name])]
-    return argparse.Namespace(
-        config_file=write_yaml(folder, name),
-        opts=["OUTPUT_DIR", str(folder / "output"), *features, *map(str, opts)],
-        eval_only=False, resume=resume, num_gpus=1, num_machines=1, machine_rank=0,
-        dist_url="auto",
-    )  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    opts = ("MODEL.FPN.IN_FEATURES", IN_FEATURES[name], *opts)
+    args = tiny.arguments(folder, *opts, resume=resume)
+    args.config_file = write_yaml(folder, name)
+    return args
 
 
 def config(folder, name, *opts):
@@ -88,9 +83,9 @@ def test_a_training_runs_resumes_and_evaluates(tmp_path, name):
     # Beta has moved in every stage, from 1/16 to what the last iteration had.
     betas = [value.item() for key, value in trained.items() if key.endswith("coefficients.beta")]
     schedule = coefficient_schedule(config(whole, name))
-    assert betas == [schedule(3 / 4)[1]] * STAGES[name]
+    assert betas == [schedule(3 / 4)[1]] * STAGES
     peaks = [value.item() for key, value in trained.items() if key.endswith("stream_range.peak")]
-    assert len(peaks) == STAGES[name] and min(peaks) > 0
+    assert len(peaks) == STAGES and min(peaks) > 0
 
     (resumed / "output").mkdir(parents=True)
     shutil.copy(whole / "output" / "model_0000001.pth", resumed / "output")
@@ -107,14 +102,14 @@ def test_detectors_differ_by_one_word_and_agree(tmp_path, name):
     ours = build_model(cfg)
     cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("dr2net_", "")
     theirs = build_model(cfg)
-    assert not reversible_stacks(theirs) and len(reversible_stacks(ours)) == STAGES[name]
+    assert not reversible_stacks(theirs) and len(reversible_stacks(ours)) == STAGES
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert ours.backbone.output_shape() == theirs.backbone.output_shape()
     losses = []
     for model in (theirs, ours):
         torch.manual_seed(1)
         with EventStorage():
-            losses.append(model.train()(batch((64, 56), (48, 64))))
+            losses.append(model.train()(tiny.batch((64, 56), (48, 64))))
     for loss, expected in losses[0].items():
         torch.testing.assert_close(losses[1][loss], expected, rtol=1e-4, atol=1e-5)
 
