@@ -50,8 +50,12 @@ def find_vit(model: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
+Converter = Callable[[Mapping[str, Tensor], nn.Module], Converted]
+"""(checkpoint, model) -> what fits, and the report."""
+
+
 def fit_checkpoint(
-    convert: Callable[[Mapping[str, Tensor], nn.Module], Converted],
+    convert: Converter,
     state: Mapping[str, Tensor],
     model: nn.Module,
     allow_partial: Sequence[str],
@@ -67,8 +71,9 @@ def fit_checkpoint(
     if problems := report.problems(allow_partial):
         rest = f"; and {len(problems) - 8} more" * (len(problems) > 8)
         raise WeightsError(
-            f"the weights ({report.source}) do not fit; check MODEL.VIT.*, or allow keys by "
-            f"pattern (MODEL.DR2NET.ALLOW_PARTIAL): {'; '.join(problems[:8])}{rest}"
+            f"the weights ({report.source}) do not fit; check what the config says of the model, "
+            "such as MODEL.VIT.*, or allow keys by pattern (MODEL.DR2NET.ALLOW_PARTIAL): "
+            f"{'; '.join(problems[:8])}{rest}"
         )
     return converted, report
 
@@ -77,8 +82,8 @@ class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
     """fvcore's checkpointer with atomic writes, and without silent partial loads.
 
     A checkpoint without a key of the detector outside its ViT is taken for a plain ViT, of any
-    format in ``core.checkpoint_formats``, and converted. Anything else must fit the whole detector.
-    What became of every key is logged.
+    format in ``core.checkpoint_formats``, and converted; with Detectron2 also Swin and MViTv2.
+    Anything else must fit the whole detector. What became of every key is logged.
 
     Args:
         allow_partial: patterns of keys, as errors name them, that may be missing, superfluous or of
@@ -144,17 +149,24 @@ class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
     def _load_file(self, f: str) -> dict[str, Any]:
         return read_checkpoint(f)
 
-    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+    def _pretrained_part(self) -> tuple[str, nn.Module, Converter] | None:
+        """Name, module and converter of what may be loaded alone; None for strange detectors."""
         found = find_vit(self.model)
+        return (*found, convert_vit_checkpoint) if found else None
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        found = self._pretrained_part()
         if found is None:
             return super()._load_model(checkpoint)
         state = checkpoint.pop("model")
-        vit_name, vit = found
-        around = {key for key in self.model.state_dict() if not key.startswith(vit_name)}
+        name, part, convert_part = found
+        model: nn.Module
+        convert: Converter
+        around = {key for key in self.model.state_dict() if not key.startswith(name)}
         if any(key.removeprefix("module.") in around for key in state):
             model, convert = self.model, fit_detector_checkpoint
         elif self._plain_vit:
-            model, convert = vit, convert_vit_checkpoint
+            model, convert = part, convert_part
         else:
             raise WeightsError(
                 "the weights have no key of this detector's heads: they are a backbone, or another "

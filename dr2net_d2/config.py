@@ -1,4 +1,4 @@
-"""Config keys that both engines share, and what they mean in terms of ``core``.
+"""What the keys that both engines share mean in terms of ``core``.
 
 Works on any fvcore ``CfgNode``; Detectron2's is one.
 """
@@ -14,127 +14,57 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
+from dr2net_d2.config_keys import LEAN_PARTS, add_dr2net_config
 from dr2net_d2.core import CoefficientSchedule
 from dr2net_d2.core.schedule import BETA_GRID, snap_to_grid
 from dr2net_d2.errors import ConfigError, config_section
 
 logger = logging.getLogger(__name__)
 
-LEAN_PARTS = ("pyramid", "rpn", "roi")
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-
-def add_dr2net_config(cfg: CfgNode) -> None:
-    """Add the keys of this project to a config: MODEL.VIT, MODEL.DR2NET and what recipes need."""
-    node = type(cfg)
-
-    # The plain ViT; the defaults are ViTDet-B. Both stock and Dr2Net backbones read these.
-    cfg.MODEL.VIT = vit = node()
-    # Side in px that relative position tables of global attention are sized for.
-    vit.IMG_SIZE = 1024
-    vit.PATCH_SIZE = 16
-    vit.EMBED_DIM = 768
-    vit.DEPTH = 12
-    vit.NUM_HEADS = 12
-    vit.MLP_RATIO = 4.0
-    vit.QKV_BIAS = True
-    # Stochastic depth rate of the last block; it grows linearly from 0 at the first.
-    vit.DROP_PATH_RATE = 0.1
-    vit.USE_ABS_POS = True
-    vit.USE_REL_POS = True
-    # Window side in tokens, and the blocks that attend within windows; the others are global.
-    vit.WINDOW_SIZE = 14
-    vit.WINDOW_BLOCK_INDEXES = [0, 1, 3, 4, 6, 7, 9, 10]
-    # Side in px of the pretraining images, which sizes the absolute position table.
-    vit.PRETRAIN_IMG_SIZE = 224
-    vit.PRETRAIN_USE_CLS_TOKEN = True
-    # Pyramid levels: stride = PATCH_SIZE / scale. Their width is MODEL.FPN.OUT_CHANNELS.
-    vit.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
-    # Coarser levels after those: "LastLevelMaxPool" (one), "LastLevelP6P7" (two) or "" (none).
-    vit.TOP_BLOCK = "LastLevelMaxPool"
-    # Pad both sides of every image to a multiple of this, in px; 0: of the coarsest stride.
-    vit.SQUARE_PAD = 0
-
-    cfg.MODEL.DR2NET = dr2net = node()
-    # False stores activations as an ordinary network does, with the same arithmetic.
-    dr2net.REVERSIBLE = True
-    # "exact" (fixed-point streams, inverted bit for bit) or "float" (the literature's way).
-    dr2net.ARITHMETIC = "exact"
-    # The state before the first step: "copy" of the first, or "zero".
-    dr2net.FIRST_STATE = "copy"
-    # What the backbone returns: the "last" stream or the "mean" of the last two.
-    dr2net.OUTPUT = "last"
-    # Parts around the backbone that keep little for their backward, exactly: "pyramid", "rpn",
-    # "roi" (the heads). [] leaves all as they are elsewhere.
-    dr2net.LEAN = list(LEAN_PARTS)
-    # Patterns of keys of a checkpoint or of the model that may be superfluous, missing, or of
-    # another shape, as the error that refuses them names them.
-    dr2net.ALLOW_PARTIAL = []
-    # How alpha and beta move during training; see core.CoefficientSchedule.
-    dr2net.SCHEDULE = node()
-    dr2net.SCHEDULE.KIND = "convex"
-    dr2net.SCHEDULE.START_BETA = 1 / 16
-    dr2net.SCHEDULE.END_BETA = 0.5
-    # When the final coefficients are reached, from when on they hold.
-    dr2net.SCHEDULE.DURATION = 0.5
-    # Of DURATION: "fraction" of the training, "iterations" or "epochs".
-    dr2net.SCHEDULE.UNIT = "fraction"
-    # Number of stages within it; 0 moves every iteration.
-    dr2net.SCHEDULE.UPDATES = 0
-
-    # Of META_ARCHITECTURE "FCOS"; as those of MODEL.RETINANET.
-    cfg.MODEL.FCOS = fcos = node()
-    fcos.NUM_CLASSES = 80
-    fcos.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    fcos.NUM_CONVS = 4
-    fcos.NORM = "GN"
-    fcos.PRIOR_PROB = 0.01
-    # In strides around the centre of an object: the locations that learn it.
-    fcos.CENTER_SAMPLING_RADIUS = 1.5
-    fcos.FOCAL_LOSS_ALPHA = 0.25
-    fcos.FOCAL_LOSS_GAMMA = 2.0
-    # Of sqrt(class score * centerness).
-    fcos.SCORE_THRESH_TEST = 0.2
-    fcos.TOPK_CANDIDATES_TEST = 1000
-    fcos.NMS_THRESH_TEST = 0.6
-
-    _add_recipe_config(cfg)
+BACKBONE_SECTIONS = ("VIT", "SWIN", "MVIT")
+"""Sections of MODEL, each of which describes one kind of backbone."""
 
 
-def _add_recipe_config(cfg: CfgNode) -> None:
-    node = type(cfg)
+def backbone_section(cfg: CfgNode, section: str) -> CfgNode:
+    """MODEL.``section``, one of ``BACKBONE_SECTIONS``, to build a backbone from.
 
-    # "SGD" or "AdamW".
-    cfg.SOLVER.OPTIMIZER = "SGD"
-    # Learning-rate factor per ViT layer, counted down from the head; 1 turns it off.
-    cfg.SOLVER.LAYER_DECAY = 1.0
-    # Pairs [pattern, weight decay] for names of parameters; the last that fits counts.
-    cfg.SOLVER.WEIGHT_DECAY_OVERRIDES = [["*pos_embed", 0.0]]
-    # Parts that the IMS_PER_BATCH images of an iteration go through the network in.
-    cfg.SOLVER.ACCUMULATION_STEPS = 1
-    # Of the moving average of the weights, which is evaluated and kept in place of them; 0: none.
-    cfg.SOLVER.EMA_DECAY = 0.0
-    # Send gradients between GPUs in half precision.
-    cfg.SOLVER.FP16_COMPRESSION = False
-    # "float16", with loss scaling, or "bfloat16".
-    cfg.SOLVER.AMP.DTYPE = "float16"
+    Raises:
+        ConfigError: a key of another of these sections has been set, which would not be read.
+    """
+    defaults = CfgNode({"MODEL": {}, "SOLVER": {"AMP": {}}, "INPUT": {}, "TEST": {}})
+    add_dr2net_config(defaults)
+    for other in BACKBONE_SECTIONS:
+        for key, default in defaults.MODEL[other].items() if other != section else ():
+            if (value := cfg.MODEL[other][key]) != default:
+                raise ConfigError(
+                    f"MODEL.{other}.{key} is {value!r}, but MODEL.BACKBONE.NAME "
+                    f"{cfg.MODEL.BACKBONE.NAME} is built from MODEL.{section}; name a backbone of "
+                    f"MODEL.{other}, or leave that section at its defaults"
+                )
+    return cfg.MODEL[section]
 
-    # Large-scale jittering (arXiv 2012.07177): flip, rescale, crop. Replaces INPUT.MIN_SIZE_TRAIN.
-    cfg.INPUT.LSJ = lsj = node()
-    lsj.ENABLED = False
-    # Side in px of the square that a rescaled image is cropped to.
-    lsj.IMAGE_SIZE = 1024
-    # Range of the scale: 1 fits the image into the square.
-    lsj.MIN_SCALE = 0.1
-    lsj.MAX_SCALE = 2.0
 
-    # Keep the weights that were best in this result, such as "bbox/AP", in model_best.pth; "": no.
-    cfg.TEST.BEST_CHECKPOINT = ""
+def require_plain_vit(cfg: CfgNode, what: str) -> None:
+    """Refuse a backbone of stages, an FPN on a ResNet, Swin or MViT, for ``what``.
+
+    Raises:
+        ConfigError: names it and MODEL.BACKBONE.NAME.
+    """
+    if cfg.MODEL.BACKBONE.NAME.endswith("_fpn_backbone"):
+        raise ConfigError(
+            f"{what} is for plain ViTs, but MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}"
+        )
 
 
 def vit_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """Keyword arguments that Detectron2's ``ViT`` and our ``Dr2NetViT`` have in common."""
-    vit = cfg.MODEL.VIT
+    """Keyword arguments that Detectron2's ``ViT`` and our ``Dr2NetViT`` have in common.
+
+    Raises:
+        ConfigError: see ``backbone_section``.
+    """
+    vit = backbone_section(cfg, "VIT")
     return {
         "img_size": vit.IMG_SIZE,
         "patch_size": vit.PATCH_SIZE,
@@ -155,7 +85,7 @@ def vit_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def dr2net_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """Keyword arguments that only ``Dr2NetViT`` has."""
+    """Keyword arguments that only our backbones have."""
     dr2net = cfg.MODEL.DR2NET
     return {
         "reversible": dr2net.REVERSIBLE,

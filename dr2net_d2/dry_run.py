@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from dr2net_d2.core import Dr2NetViT
+from dr2net_d2.config import BACKBONE_SECTIONS
+from dr2net_d2.core import reversible_stacks
 from dr2net_d2.core.attention import Attention
 from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.fixed_point import FixedPointStream, FloatStream
@@ -26,7 +28,8 @@ from dr2net_d2.simulation import CudaAutocast, DefiniteSizes, differentiate, par
 
 ARMS = ("stock", "stock + checkpoint", "our attention + checkpoint", "dr2net")
 """The ViT as Detectron2 has it (the torchvision engine: ours with all logits at once, everything
-stored); the same with one checkpoint per block; ours with one; ours, reversible."""
+stored); the same with one checkpoint per block; ours with one; ours, reversible. Swin and MViT have
+Detectron2's attention in all of them."""
 
 PARTS = (
     "parameters",
@@ -71,14 +74,18 @@ class DryRun:
         self._cfg = cfg = cfg.clone()
         cfg.defrost()
         # Images come in the size asked for; padding is to whole strides.
-        cfg.MODEL.VIT.SQUARE_PAD = 0
+        for section in BACKBONE_SECTIONS:
+            cfg.MODEL[section].SQUARE_PAD = 0
+        cfg.MODEL.DR2NET.REVERSIBLE = True
         if stock := arm.startswith("stock"):
             cfg.MODEL.DR2NET.LEAN = []
         with parameters_on_meta():
             self._model = self._engine.build(cfg, stock and self._engine.STOCK_VIT)
         self.stride: int = self._engine.stride(self._model)
         backbone: Any = self._model.backbone
-        self._vit: Any = getattr(backbone, "net", backbone)
+        # What is inside our pyramid, or Detectron2's; or the backbone is a ViT alone.
+        inside = getattr(backbone, "bottom_up", backbone)
+        self._vit: Any = getattr(backbone, "net", inside)
         _arrange(self._vit, arm)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._sizes = DefiniteSizes()
@@ -97,10 +104,10 @@ class DryRun:
         self._engine.sample_in_full(self._model, self._sizes)
 
     def set_coefficients(self, alpha: float, beta: float) -> None:
-        """Of our ViT; a stock one has none."""
-        if isinstance(self._vit, Dr2NetViT):
-            with self._fake, self._sizes:
-                self._vit.coefficients.set(alpha, beta)
+        """Of our backbone; a stock one has none."""
+        with self._fake, self._sizes:
+            for stack in reversible_stacks(self._vit):
+                stack.coefficients.set(alpha, beta)
 
     def iterate(self, image_size: int, batch_size: int, objects: int) -> LiveBytes:
         """The storages of one iteration, under labels of ``PARTS``."""
@@ -172,21 +179,24 @@ class DryRun:
 
 
 def _arrange(vit: Any, arm: str) -> None:
-    """Give a ViT the arithmetic, the attention and the checkpoints of an arm."""
+    """Give a backbone the arithmetic, the attention and the checkpoints of an arm."""
     with_checkpoints = arm.endswith("checkpoint")
-    if not isinstance(vit, Dr2NetViT):
-        for block in vit.blocks if with_checkpoints else ():
+    stacks = reversible_stacks(vit)
+    if not stacks and with_checkpoints:
+        # Swin has such lists in every stage.
+        lists = [m for name, m in vit.named_modules() if name.rpartition(".")[2] == "blocks"]
+        for block in chain.from_iterable(lists):
             block.forward = partial(_checkpoint, block.forward)
-        return
-    vit.reversible = arm == "dr2net"
-    if not vit.reversible:
-        vit.arithmetic = "float"
-    if arm.startswith("stock"):
+    for stack in stacks:
+        stack.reversible = arm == "dr2net"
+        if not stack.reversible:
+            stack.arithmetic = "float"
+        if with_checkpoints:
+            vars(stack)["forward"] = partial(checkpointed, stack)
+    if stacks and arm.startswith("stock"):
         for module in vit.modules():
             if isinstance(module, Attention):
                 module.kernel = "matrix"
-    if with_checkpoints:
-        vars(vit.blocks)["forward"] = partial(checkpointed, vit.blocks)
 
 
 def _checkpoint(function: Callable[..., Any], *args: Any) -> Any:

@@ -43,6 +43,7 @@ from dr2net_d2.commands import (
 from dr2net_d2.config import (
     coefficient_schedule,
     dr2net_arguments,
+    require_plain_vit,
     vit_arguments,
 )
 from dr2net_d2.core import Dr2NetViT
@@ -82,9 +83,10 @@ def build_vit(cfg: CfgNode, seed: int) -> Dr2NetViT:
     """The config's ViT with MODEL.WEIGHTS, or random ones from the seed, on MODEL.DEVICE.
 
     Raises:
-        ConfigError: sizes that do not fit together, a device that is not there.
+        ConfigError: another backbone, sizes that do not fit together, a device that is not there.
         WeightsError: a checkpoint that is missing, unreadable or not of this ViT.
     """
+    require_plain_vit(cfg, "fidelity")
     device = torch_device(cfg.MODEL.DEVICE)
     torch.manual_seed(seed)
     with config_section("MODEL.VIT, MODEL.DR2NET"):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dr2net_d2.core import ReversibleSequence
+from dr2net_d2.core import reversible_stacks
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def update_coefficients(
         Scalars to log: the coefficients as set, the number of fractional bits of the streams, the
         number of passes repeated because a stream outgrew them; empty without a stack.
     """
-    stacks = [module for module in model.modules() if isinstance(module, ReversibleSequence)]
+    stacks = reversible_stacks(model)
     scalars: dict[str, float] = {}
     for stack in stacks:
         stack.coefficients.set(*schedule(iteration / max_iter))

@@ -33,6 +33,7 @@ from dr2net_d2.core.memory import (
     peak_tensor_bytes,
 )
 from dr2net_d2.core.replay import has_values
+from dr2net_d2.core.steps import Step
 
 logger = logging.getLogger(__name__)
 
@@ -225,12 +226,14 @@ def checkpointed(stack: ReversibleSequence, x: Tensor, preserve_rng_state: bool 
     """
     h1 = x
     h2 = h1 if stack.first_state == "copy" else torch.zeros_like(h1)
-    for index, (alpha, beta) in enumerate(stack.coefficients.pairs(len(stack))):
+    steps = stack.steps()
+    size = len(steps) // len(stack)
+    for start in range(0, len(steps), size):
         # At beta 0 a block does not look at the older state, which then need not be stored.
         h1, h2 = checkpoint(
-            partial(_block, stack[index], alpha, beta),
+            partial(_block, steps[start : start + size]),
             h1,
-            h2 if beta else None,
+            h2 if steps[start].beta else None,
             use_reentrant=False,
             preserve_rng_state=preserve_rng_state,
         )
@@ -252,12 +255,10 @@ def _feature_shape(vit: Dr2NetViT, image: Tensor) -> tuple[int, ...]:
     return (len(image), vit.embed_dim, height // vit.patch_size, width // vit.patch_size)
 
 
-def _block(
-    block: nn.Module, alpha: float, beta: float, h1: Tensor, h2: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _block(steps: list[Step], h1: Tensor, h2: Tensor | None) -> tuple[Tensor, Tensor]:
     older = h1 if h2 is None else h2
-    for branch in range(2):
-        h = couple(block(h1, branch=branch), h1, older, alpha, beta)
+    for step in steps:
+        h = couple(step(h1), h1, older, step.alpha, step.beta)
         h1, older = h, h1
     return h1, older
 

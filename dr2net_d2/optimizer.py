@@ -10,6 +10,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from dr2net_d2.config import require_plain_vit
 from dr2net_d2.errors import ConfigError
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -73,9 +74,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     Raises:
         ConfigError: no trainable parameter, an unknown optimizer or clip type, an override that
-            is not a pair.
+            is not a pair, LAYER_DECAY on a backbone whose layers it does not count.
     """
     solver = cfg.SOLVER
+    if solver.LAYER_DECAY != 1:
+        require_plain_vit(cfg, f"SOLVER.LAYER_DECAY {solver.LAYER_DECAY} (1 turns it off)")
     groups = parameter_groups(
         model,
         solver.BASE_LR,

@@ -2,7 +2,7 @@
 
 from dr2net_d2.core.coefficients import Coefficients
 from dr2net_d2.core.pyramid import SimpleFeaturePyramid
-from dr2net_d2.core.reversible import ReversibleSequence
+from dr2net_d2.core.reversible import ReversibleSequence, reversible_stacks
 from dr2net_d2.core.schedule import CoefficientSchedule
 from dr2net_d2.core.vit import Dr2NetViT
 
@@ -12,4 +12,5 @@ __all__ = [
     "Dr2NetViT",
     "ReversibleSequence",
     "SimpleFeaturePyramid",
+    "reversible_stacks",
 ]

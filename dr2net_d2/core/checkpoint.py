@@ -32,6 +32,9 @@ from dr2net_d2.core.resampling import (
 LEARNED_ANEW = ("*.rel_pos_h", "*.rel_pos_w")
 """What ViTDet adds to the pretrained blocks and learns during finetuning, from zero."""
 
+OUTPUT_NORMS = ("norm[0-9].*", "scale[0-9]_norm.*")
+OF_CLASSIFIERS = ("norm.*", "head.*", "cls_token", "*.attn_mask")
+
 COEFFICIENTS = ("*coefficients.alpha", "*coefficients.beta")
 STREAM_RANGE = ("*stream_range.*",)
 
@@ -154,6 +157,42 @@ def convert_vit_checkpoint(checkpoint: Mapping[str, Tensor], model: nn.Module) -
     if not any(matches(name, LEARNED_ANEW) for name in state):
         report.anew = [key for key in report.missing if matches(key, LEARNED_ANEW)]
         report.missing = [key for key in report.missing if key not in report.anew]
+    return converted, report
+
+
+def convert_stages_checkpoint(checkpoint: Mapping[str, Tensor], model: nn.Module) -> Converted:
+    """Fit the Swin or MViTv2 in a checkpoint to Detectron2's network of that name, or ours.
+
+    The norms of the outputs are learned anew where the checkpoint, of a classifier, has none.
+
+    Args:
+        checkpoint: in the names of the networks' authors, alone or within a larger model.
+        model: the network to be filled; it is not changed.
+
+    Returns:
+        The tensors to load, under the model's names, and the report.
+
+    Raises:
+        ValueError: there is no such network in the checkpoint, or several.
+    """
+    prefixes = [key.removesuffix(STEM) for key in checkpoint if key.endswith(STEM)]
+    if len(prefixes) != 1:
+        raise ValueError(f"there are {len(prefixes)} keys *{STEM}, and one network needs one")
+    prefix = prefixes[0]
+    report = CheckpointReport(f"a network of stages, under {prefix or 'its own names'}")
+    keys = {key.removeprefix(prefix): key for key in checkpoint if key.startswith(prefix)}
+    outside = set(checkpoint) - set(keys.values())
+    report.dropped = dict.fromkeys(sorted(outside), "outside the network")
+    converted = _match(
+        {name: checkpoint[key] for name, key in keys.items()},
+        keys,
+        model,
+        report,
+        lambda name, tensor, target: tensor,
+        lambda name: "of the classifier" if matches(name, OF_CLASSIFIERS) else None,
+    )
+    report.anew = [key for key in report.missing if matches(key, OUTPUT_NORMS)]
+    report.missing = [key for key in report.missing if key not in report.anew]
     return converted, report
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 
-def groups_of_shards(module: nn.Module) -> list[dist.ProcessGroup]:
-    """The process groups over which parameters are sharded (FSDP2, tensor parallelism)."""
+def groups_of_shards(parameters: Iterable[nn.Parameter]) -> list[dist.ProcessGroup]:
+    """The process groups over which some parameters are sharded (FSDP2, tensor parallelism)."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
     from torch.distributed.tensor import DTensor
 
     # A dict keeps the order, which has to be that of the other ranks.
-    meshes = dict.fromkeys(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
+    meshes = dict.fromkeys(p.device_mesh for p in parameters if isinstance(p, DTensor))
     return [group for mesh in meshes for group in mesh.get_all_groups()]
 
 

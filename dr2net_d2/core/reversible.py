@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,12 +48,32 @@ class ReversibleSequence(nn.Module):
             with an attribute ``branches = n`` gives n steps, called as ``module(h, branch=j)``; a
             ViT block gives two. Their values must follow from the input, torch's random state and
             their buffers; buffers that a call changes, as BatchNorm's statistics, change once.
+            Blocks that add their shortcuts themselves need ``residuals``.
         coefficients: one pair for all, or one per function; read at each forward.
         reversible: False runs the same arithmetic under plain autograd, storing everything.
         arithmetic: "exact", fixed-point streams, inverted bit for bit; or "float", the literature's
             way, whose reconstruction error grows per step by ``coupling.error_growth``.
         first_state: h_{-1}: "copy" of h_0, or "zero".
         output: the "last" stream, or the "mean" of the last two.
+        residuals: what a block adds to its input, in order: functions ``(block, h) -> F(h)`` that
+            call the block's modules. Each is one step. The block itself is not called, so its own
+            hooks do not fire; those of its modules do.
+        adopt: register the functions as children 0, 1 ... . False leaves them to the module whose
+            children they are, so that its parameters keep their names.
+
+    Any residual network is converted by putting its blocks in here, a stage at a time. A stack
+    that takes the place of their container has the same keys in the state dict, and at (1, 0),
+    where a new ``Coefficients()`` starts, it computes the same::
+
+        def residual(block, x):
+            return block.stochastic_depth(block.layer_scale * block.block(x))
+
+        network = torchvision.models.convnext_tiny()
+        for stage in (1, 3, 5, 7):
+            blocks = network.features[stage]
+            network.features[stage] = ReversibleSequence(
+                blocks, Coefficients(), residuals=[residual]
+            )
 
     Hooks on the functions fire as under torch's non-reentrant checkpoint: forward hooks in the
     forward and once more when the function is recomputed, backward hooks once.
@@ -72,13 +94,20 @@ class ReversibleSequence(nn.Module):
         arithmetic: str = "exact",
         first_state: str = "copy",
         output: str = "last",
+        *,
+        residuals: Sequence[Callable[[Any, Tensor], Tensor]] = (),
+        adopt: bool = True,
     ) -> None:
         super().__init__()
-        for index, function in enumerate(functions):
-            self.add_module(str(index), function)
-        self._functions = len(self._modules)
-        if not self._functions:
+        functions = tuple(functions)
+        if not functions:
             raise ValueError("a ReversibleSequence needs at least one function")
+        self._length = len(functions)
+        # A tuple hides modules from registration.
+        self._elsewhere = () if adopt else functions
+        for index, function in enumerate(functions if adopt else ()):
+            self.add_module(str(index), function)
+        self.residuals = tuple(residuals)
         self.coefficients = coefficients
         self.stream_range = StreamRange()
         self.reversible = reversible
@@ -104,27 +133,39 @@ class ReversibleSequence(nn.Module):
         return self.stream_range.exponent(torch.float32)
 
     def __len__(self) -> int:
-        return self._functions
+        return self._length
 
     def __getitem__(self, index: int) -> nn.Module:
-        return self.get_submodule(str(range(len(self))[index]))
+        position = range(len(self))[index]
+        return self._elsewhere[position] if self._elsewhere else self.get_submodule(str(position))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[index] for index in range(len(self)))
 
     def steps(self) -> list[Step]:
         """The residual functions in order, each with its coefficients as they are now."""
         steps: list[Step] = []
-        for index, (alpha, beta) in enumerate(self.coefficients.pairs(len(self))):
-            module = self[index]
+        pairs = self.coefficients.pairs(len(self))
+        for index, (module, (alpha, beta)) in enumerate(zip(self, pairs, strict=True)):
             buffers = list(module.buffers())
-            name = f"({type(module).__name__} {index}"
-            if not hasattr(module, "branches"):
-                name = f"step {len(steps) + 1} {name})"
-                steps.append(Step(name, module, buffers, alpha, beta))
-                continue
-            for branch in range(module.branches):  # type: ignore[arg-type]
-                function = partial(module, branch=branch)
-                numbered = f"step {len(steps) + 1} {name}, branch {branch})"
-                steps.append(Step(numbered, function, buffers, alpha, beta))
+            for detail, function in self._residual_functions(module):
+                name = f"step {len(steps) + 1} ({type(module).__name__} {index}{detail})"
+                steps.append(Step(name, function, buffers, alpha, beta))
         return steps
+
+    def _residual_functions(
+        self, module: nn.Module
+    ) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        """The steps that a module gives, each with what tells it from the others in messages."""
+        if self.residuals:
+            return [
+                (f", {getattr(residual, '__name__', residual)}", partial(residual, module))
+                for residual in self.residuals
+            ]
+        if hasattr(module, "branches"):
+            branches = range(module.branches)  # type: ignore[arg-type]
+            return [(f", branch {branch}", partial(module, branch=branch)) for branch in branches]
+        return [("", module)]
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype not in STREAM_DTYPES:
@@ -143,7 +184,7 @@ class ReversibleSequence(nn.Module):
         if self.arithmetic == "float":
             return self._run(x, steps, FloatStream(stream_dtype))
         before = _surroundings(x, steps)
-        groups = groups_of_shards(self)
+        groups = groups_of_shards(chain.from_iterable(module.parameters() for module in self))
         extra = extra_bits(_growths(steps))
         if has_values(x):
             self.stream_range.follow(extra[0])
@@ -252,6 +293,11 @@ class ReversibleSequence(nn.Module):
                 "gradient will be wrong; arithmetic='exact' has no such error",
                 stacklevel=3,
             )
+
+
+def reversible_stacks(model: nn.Module) -> list[ReversibleSequence]:
+    """The stacks inside a model, in the order of registration; empty for a plain network."""
+    return [module for module in model.modules() if isinstance(module, ReversibleSequence)]
 
 
 def _surroundings(x: Tensor, steps: list[Step]) -> Surroundings:

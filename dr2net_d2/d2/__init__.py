@@ -1,6 +1,6 @@
 """The project in Detectron2: importing this registers the backbone builders."""
 
-from dr2net_d2.config import add_dr2net_config
+from dr2net_d2.config_keys import add_dr2net_config
 from dr2net_d2.d2.backbone import (
     Dr2NetBackbone,
     Dr2NetPyramid,
@@ -13,6 +13,12 @@ from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import register_dataset
 from dr2net_d2.d2.engine import run
 from dr2net_d2.d2.fcos import FCOS
+from dr2net_d2.d2.fpn import (
+    build_dr2net_mvit_fpn_backbone,
+    build_dr2net_swin_fpn_backbone,
+    build_mvit_fpn_backbone,
+    build_swin_fpn_backbone,
+)
 from dr2net_d2.d2.hooks import (
     BestWeights,
     CoefficientHook,
@@ -23,6 +29,7 @@ from dr2net_d2.d2.hooks import (
 )
 from dr2net_d2.d2.inference import Predictor, without_cropping
 from dr2net_d2.d2.lean import build_detector, make_lean
+from dr2net_d2.d2.stages import Dr2NetMViT, Dr2NetSwin
 from dr2net_d2.d2.trainer import Settings, Trainer
 
 __all__ = [
@@ -30,7 +37,9 @@ __all__ = [
     "CoefficientHook",
     "Dr2NetBackbone",
     "Dr2NetCheckpointer",
+    "Dr2NetMViT",
     "Dr2NetPyramid",
+    "Dr2NetSwin",
     "FCOS",
     "MovingAverage",
     "NonFiniteGuard",
@@ -41,8 +50,12 @@ __all__ = [
     "Trainer",
     "add_dr2net_config",
     "build_detector",
+    "build_dr2net_mvit_fpn_backbone",
+    "build_dr2net_swin_fpn_backbone",
     "build_dr2net_vit_backbone",
     "build_dr2net_vitdet_backbone",
+    "build_mvit_fpn_backbone",
+    "build_swin_fpn_backbone",
     "build_vit_backbone",
     "build_vitdet_backbone",
     "make_lean",

@@ -21,7 +21,7 @@ from dr2net_d2.errors import ConfigError, config_section
 _NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
-class _Padded(Backbone):
+class PaddedBackbone(Backbone):
     """A backbone whose images are padded to multiples of ``size_divisibility`` px on both sides.
 
     A square to pad to is such a multiple too. Detectron2's own way to ask for a square cuts larger
@@ -35,14 +35,14 @@ class _Padded(Backbone):
         return {"size_divisibility": self.size_divisibility}
 
 
-class Dr2NetBackbone(Dr2NetViT, _Padded):
+class Dr2NetBackbone(Dr2NetViT, PaddedBackbone):
     """``Dr2NetViT`` as a Detectron2 backbone with one feature map, "last_feat" by default."""
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {self.out_feature: ShapeSpec(channels=self.embed_dim, stride=self.patch_size)}
 
 
-class Dr2NetPyramid(SimpleFeaturePyramid, _Padded):
+class Dr2NetPyramid(SimpleFeaturePyramid, PaddedBackbone):
     """The simple feature pyramid with the arguments of Detectron2's, levels "p<log2 of stride>".
 
     Args:
@@ -96,11 +96,11 @@ class Dr2NetPyramid(SimpleFeaturePyramid, _Padded):
         return self._output_shape
 
 
-class StockBackbone(_Padded, stock.ViT):
+class StockBackbone(PaddedBackbone, stock.ViT):
     """Detectron2's ViT, padded as ours."""
 
 
-class StockPyramid(_Padded, stock.SimpleFeaturePyramid):
+class StockPyramid(PaddedBackbone, stock.SimpleFeaturePyramid):
     """Detectron2's simple feature pyramid, padded as ours."""
 
 
@@ -109,7 +109,7 @@ def build_dr2net_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Dr2NetBac
     """Our ViT alone, output "last_feat"."""
     with config_section("MODEL.VIT, MODEL.DR2NET"):
         vit = Dr2NetBackbone(norm_layer=_NORM, **vit_arguments(cfg), **dr2net_arguments(cfg))
-    vit.size_divisibility = _padding(cfg, vit.patch_size)
+    vit.size_divisibility = padding(cfg, "VIT", vit.patch_size)
     return vit
 
 
@@ -119,7 +119,7 @@ def build_dr2net_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Dr2Net
     vit = build_dr2net_vit_backbone(cfg, input_shape)
     with config_section("MODEL.VIT"):
         pyramid = Dr2NetPyramid(vit, lean="pyramid" in lean_parts(cfg), **_pyramid_arguments(cfg))
-    pyramid.size_divisibility = _padding(cfg, pyramid.size_divisibility)
+    pyramid.size_divisibility = padding(cfg, "VIT", pyramid.size_divisibility)
     return pyramid
 
 
@@ -127,7 +127,7 @@ def build_dr2net_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Dr2Net
 def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> StockBackbone:
     """Detectron2's ViT alone, output "last_feat"."""
     vit = StockBackbone(norm_layer=_NORM, **vit_arguments(cfg))
-    vit.size_divisibility = _padding(cfg, cfg.MODEL.VIT.PATCH_SIZE)
+    vit.size_divisibility = padding(cfg, "VIT", cfg.MODEL.VIT.PATCH_SIZE)
     return vit
 
 
@@ -136,7 +136,9 @@ def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> StockPyramid:
     """Detectron2's ViT and simple feature pyramid, outputs "p<n>"."""
     pyramid = StockPyramid(build_vit_backbone(cfg, input_shape), **_pyramid_arguments(cfg))
     patch_size, scale_factors = cfg.MODEL.VIT.PATCH_SIZE, cfg.MODEL.VIT.SCALE_FACTORS
-    pyramid.size_divisibility = _padding(cfg, max(patch_size, int(patch_size / scale_factors[-1])))
+    pyramid.size_divisibility = padding(
+        cfg, "VIT", max(patch_size, int(patch_size / scale_factors[-1]))
+    )
     return pyramid
 
 
@@ -161,14 +163,18 @@ def _pyramid_arguments(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-def _padding(cfg: CfgNode, stride: int) -> int:
-    """The multiple of px that images are padded to: the stride, or a square of whole strides."""
-    square = math.ceil(cfg.MODEL.VIT.SQUARE_PAD / stride) * stride
+def padding(cfg: CfgNode, section: str, stride: int) -> int:
+    """The multiple of px that images are padded to: the stride, or a square of whole strides.
+
+    Raises:
+        ConfigError: INPUT allows images that are larger than the square, MODEL.section.SQUARE_PAD.
+    """
+    square = math.ceil(cfg.MODEL[section].SQUARE_PAD / stride) * stride
     train = "LSJ.IMAGE_SIZE" if cfg.INPUT.LSJ.ENABLED else "MAX_SIZE_TRAIN"
     for key in (train, "MAX_SIZE_TEST"):
         if 0 < square < (longest := reduce(getattr, key.split("."), cfg.INPUT)):
             raise ConfigError(
-                f"INPUT.{key} is {longest} and MODEL.VIT.SQUARE_PAD {square}: larger images "
+                f"INPUT.{key} is {longest} and MODEL.{section}.SQUARE_PAD {square}: larger images "
                 "would need several squares; lower the one or raise the other (0 pads to strides)"
             )
     return square or stride

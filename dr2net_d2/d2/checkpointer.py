@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling.backbone.mvit import MViT
+from detectron2.modeling.backbone.swin import SwinTransformer
+from torch import nn
 
-from dr2net_d2.checkpointer import StrictCheckpointer
+from dr2net_d2.checkpointer import Converter, StrictCheckpointer
+from dr2net_d2.core.checkpoint import convert_stages_checkpoint
 
 LEGACY_AUTHORS = {".pkl": "Caffe2", ".pyth": "pycls"}
 """Whose files Detectron2 takes those to be that do not say, and matches by its heuristics."""
@@ -16,9 +20,15 @@ LEGACY_AUTHORS = {".pkl": "Caffe2", ".pyth": "pycls"}
 class Dr2NetCheckpointer(StrictCheckpointer, DetectionCheckpointer):
     """``StrictCheckpointer`` for all formats of ``DetectionCheckpointer``, its .pkl zoo included.
 
-    Only the main process writes. A model without a plain ViT is loaded as Detectron2 does it, with
-    its name heuristics.
+    Only the main process writes. A detector on neither ViT nor Swin nor MViTv2 is loaded as
+    Detectron2 does it, with its name heuristics.
     """
+
+    def _pretrained_part(self) -> tuple[str, nn.Module, Converter] | None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, (SwinTransformer, MViT)):
+                return name, module, convert_stages_checkpoint
+        return super()._pretrained_part()
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:

@@ -19,7 +19,7 @@ from torch import nn
 from dr2net_d2.checkpointer import locate_weights
 from dr2net_d2.commands import torch_device
 from dr2net_d2.config import LEAN_PARTS, amp_dtype
-from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
+from dr2net_d2.core import CoefficientSchedule, reversible_stacks
 from dr2net_d2.d2.checks import check_batch_size, check_datasets
 from dr2net_d2.d2.inference import without_cropping
 from dr2net_d2.d2.lean import make_lean
@@ -88,7 +88,7 @@ class LazyExperiment:
         seed_all_rng(None if seed < 0 else seed + comm.get_rank())
         with lazily("model"):
             self.model = without_cropping(instantiate(cfg.model)).to(self._train.device)
-            if any(isinstance(module, Dr2NetViT) for module in self.model.modules()):
+            if reversible_stacks(self.model):
                 make_lean(self.model, self._own.get("lean", LEAN_PARTS))
         if not args.eval_only:
             with lazily("optimizer"):

@@ -19,7 +19,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from dr2net_d2.config import LEAN_PARTS, lean_parts
-from dr2net_d2.core import Dr2NetViT, SimpleFeaturePyramid
+from dr2net_d2.core import SimpleFeaturePyramid, reversible_stacks
 from dr2net_d2.core.lean import (
     BareConvolution,
     Layer,
@@ -166,7 +166,7 @@ def _layers(head: nn.Sequential) -> list[Layer]:
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """Detectron2's ``build_model``; a detector on our ViT is made lean as MODEL.DR2NET.LEAN says.
+    """Detectron2's ``build_model``; made lean as MODEL.DR2NET.LEAN says on a reversible backbone.
 
     Raises:
         ConfigError: keys of MODEL that do not fit together.
@@ -174,8 +174,7 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     parts = lean_parts(cfg)
     with detector_being_built():
         model = build_model(cfg)
-    ours = any(isinstance(module, Dr2NetViT) for module in model.modules())
-    return make_lean(model, parts) if ours else model
+    return make_lean(model, parts) if reversible_stacks(model) else model
 
 
 def make_lean(model: nn.Module, parts: Collection[str]) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.common.config import CfgNode
@@ -71,6 +71,8 @@ def sample_in_full(model: Any, sizes: DefiniteSizes) -> None:
     fraction = roi.positive_fraction
     sizes.during(roi, "forward", lambda mask: int(mask.numel() * fraction))
     sizes.during(roi, "label_and_sample_proposals", lambda mask: roi.batch_size_per_image)
+    if isinstance(roi, CascadeROIHeads):
+        sizes.during(roi, "_create_proposals_from_boxes", Tensor.numel)
     for pooler in model.modules():
         if isinstance(pooler, ROIPooler):
             levels = len(pooler.level_poolers)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from dr2net_d2.config import add_dr2net_config
+from dr2net_d2.config_keys import add_dr2net_config
 from dr2net_d2.errors import ConfigError
 
 logger = logging.getLogger(__name__)

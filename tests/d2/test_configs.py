@@ -94,12 +94,19 @@ def test_both_styles_of_a_config_mean_the_same(path):
 
 
 TRAIN, TEST = "small_digits_train_n8_s64_d3", "small_digits_val_n4_s64_d3"
+SMALL_BACKBONES = {
+    "swin": "SWIN: {EMBED_DIM: 8, DEPTHS: [1, 1, 2, 1], NUM_HEADS: [1, 1, 2, 2], WINDOW_SIZE: 4, "
+    "SQUARE_PAD: 64}",
+    "mvitv2": "MVIT: {EMBED_DIM: 8, DEPTH: 5, LAST_BLOCK_INDEXES: [0, 1, 3, 4], IMG_SIZE: 64, "
+    "ADAPTIVE_WINDOW_SIZE: 8, SQUARE_PAD: 64}",
+    "": "VIT: {IMG_SIZE: 64, EMBED_DIM: 32, DEPTH: 4, NUM_HEADS: 4, WINDOW_SIZE: 3, "
+    "WINDOW_BLOCK_INDEXES: [0, 1], PRETRAIN_IMG_SIZE: 32, SQUARE_PAD: 64}",
+}
 SMALL_YAML = """
 MODEL:
   DEVICE: cpu
   WEIGHTS: ""
-  VIT: {IMG_SIZE: 64, EMBED_DIM: 32, DEPTH: 4, NUM_HEADS: 4, WINDOW_SIZE: 3,
-        WINDOW_BLOCK_INDEXES: [0, 1], PRETRAIN_IMG_SIZE: 32, SQUARE_PAD: 64}
+  {backbone}
   FPN: {OUT_CHANNELS: 64}
   RPN: {PRE_NMS_TOPK_TRAIN: 50, POST_NMS_TOPK_TRAIN: 30, PRE_NMS_TOPK_TEST: 50,
         POST_NMS_TOPK_TEST: 30}
@@ -175,7 +182,9 @@ def reduced(tmp_path):
             small.write_text(SMALL_LAZY.format(**values))
         else:
             datasets = f"DATASETS: {{TRAIN: [{TRAIN}], TEST: [{TEST}]}}\n"
-            small.write_text(f"_BASE_: {path}\n{SMALL_YAML}{datasets}")
+            backbone = next(text for kind, text in SMALL_BACKBONES.items() if kind in path.name)
+            text = SMALL_YAML.replace("{backbone}", backbone)
+            small.write_text(f"_BASE_: {path}\n{text}{datasets}")
         return small
 
     return reduce

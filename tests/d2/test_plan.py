@@ -5,6 +5,7 @@ import torch
 from detectron2.structures import BitMasks
 from detectron2.utils.events import EventStorage
 
+from dr2net_d2.core import reversible_stacks
 from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.memory import count_saved_bytes, peak_tensor_bytes
 from dr2net_d2.d2 import build_detector
@@ -30,8 +31,8 @@ def real_iteration(cfg, size, images, objects):
     """Peak bytes beyond parameters, gradients and optimizer state, and bytes that are saved."""
     torch.manual_seed(0)
     model = build_detector(cfg)
-    if "dr2net" in cfg.MODEL.BACKBONE.NAME:
-        model.backbone.net.coefficients.set(0.5, 0.5)
+    for stack in reversible_stacks(model):
+        stack.coefficients.set(0.5, 0.5)
     optimizer = build_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["foreach"] = True
