@@ -4,9 +4,11 @@ import inspect
 import logging
 
 import pytest
+import torch
 
 from dr2net_d2.config import (
     LEAN_PARTS,
+    amp_dtype,
     coefficient_schedule,
     dr2net_arguments,
     lean_parts,
@@ -55,6 +57,58 @@ def test_a_schedule_that_cannot_be_is_a_config_error(key, value, words):
     with pytest.raises(ConfigError) as error:
         coefficient_schedule(cfg)
     assert all(word in str(error.value) for word in [SCHEDULE, *words])
+
+
+@pytest.mark.parametrize(
+    ("unit", "duration", "fraction"),
+    [("fraction", 0.25, 0.25), ("iterations", 30, 0.25), ("epochs", 3, 0.25)],
+)
+def test_a_duration_has_a_unit(unit, duration, fraction):
+    """120 iterations of 4 images go 12 times through 40 images."""
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 120, "SOLVER.IMS_PER_BATCH", 4])
+    cfg.merge_from_list([f"{SCHEDULE}.UNIT", unit, f"{SCHEDULE}.DURATION", float(duration)])
+    assert coefficient_schedule(cfg, lambda: 40).duration == pytest.approx(fraction)
+    # Without images the values are the same, if not their time.
+    alone = coefficient_schedule(cfg)
+    assert (alone(0), alone(1)) == (CoefficientSchedule()(0), CoefficientSchedule()(1))
+
+
+@pytest.mark.parametrize(
+    ("unit", "duration", "message"),
+    [
+        ("iterations", 121.0, r"121.0 iterations, 1.01 of the 120 iterations"),
+        ("epochs", 0.0, r"0.0 epochs, 0.00 of the 120"),
+        ("steps", 3.0, r"UNIT is 'steps'; use 'fraction'"),
+    ],
+)
+def test_a_duration_that_cannot_be_is_a_config_error(unit, duration, message):
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 120, "SOLVER.IMS_PER_BATCH", 4])
+    cfg.merge_from_list([f"{SCHEDULE}.UNIT", unit, f"{SCHEDULE}.DURATION", duration])
+    with pytest.raises(ConfigError, match=message):
+        coefficient_schedule(cfg, lambda: 40)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((False, "float16", "cpu"), None),
+        ((True, "bfloat16", "cpu"), torch.bfloat16),
+        ((True, "float16", "cuda:1"), torch.float16),
+    ],
+)
+def test_the_dtype_of_autocast(arguments, expected):
+    assert amp_dtype(*arguments) is expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((True, "float16", "cpu"), "for GPUs"), ((True, "half", "cuda"), "'half'; use float16 or")],
+)
+def test_a_dtype_that_cannot_be_is_a_config_error(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        amp_dtype(*arguments)
 
 
 def test_yaml_cannot_run_code(tmp_path):

@@ -23,7 +23,7 @@ from dr2net_d2.tv.engine import run as run_torchvision
 CONFIGS = Path(__file__).parents[2] / "configs"
 YAMLS = sorted(path for path in CONFIGS.rglob("*.yaml") if not path.name.startswith("Base-"))
 LAZIES = sorted(path for path in CONFIGS.rglob("*.py") if path.parent.name != "common")
-PAIRS = [path for path in LAZIES if path.with_suffix(".yaml").is_file()]
+PAIRS = [path for path in LAZIES if path.parent.name != "quick_schedules"]
 
 
 def name(path):
@@ -134,11 +134,14 @@ globals().update(LazyConfig.load("{path}"))
 train.update(device="cpu", init_checkpoint="", max_iter=4, eval_period=0, expected_results=())
 train.checkpointer.period = 4
 train.amp.enabled = False
-lr_multiplier.scheduler.milestones = [2, 3]
+if "milestones" in lr_multiplier.scheduler:
+    lr_multiplier.scheduler.milestones = [2, 3]
 dataloader.train.update(total_batch_size=2, num_workers=0)
 dataloader.train.dataset.update(names="{train}", filter_empty=False)
-dataloader.train.mapper.augmentations[1].update(target_height=64, target_width=64)
-dataloader.train.mapper.augmentations[2].crop_size = (64, 64)
+small = dict(target_height=64, target_width=64, crop_size=(64, 64), short_edge_length=64)
+for augmentation in dataloader.train.mapper.augmentations:
+    augmentation.update({{key: small[key] for key in augmentation if key in small}})
+del small, augmentation
 dataloader.test.dataset.names = "{test}"
 dataloader.test.num_workers = 0
 dataloader.test.mapper.augmentations[0].update(short_edge_length=64, max_size=64)

@@ -6,12 +6,20 @@ from itertools import islice
 import cv2
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+import torch
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_train_loader,
+)
+from detectron2.data import transforms as T
 from detectron2.data.datasets import register_coco_instances
 
 from dr2net_d2.d2 import register_dataset
-from dr2net_d2.d2.data import skip_batches
+from dr2net_d2.d2.data import CheckedMapper, skip_batches
 from dr2net_d2.data import DatasetError, load_coco, register_coco_json, resolve_dataset
+from dr2net_d2.errors import ConfigError
 from tests.d2.tiny import tiny_cfg
 
 NAME = "small_digits_val_n3_s64_d2"
@@ -99,3 +107,72 @@ def test_a_loader_continues_where_it_was_cut_off(tmp_path, grouping, workers):
         return [[sample["file_name"] for sample in batch] for batch in islice(loader, batches)]
 
     assert names(3, 4) == names(0, 7)[3:]
+
+
+LSJ = ("INPUT.LSJ.ENABLED", True, "INPUT.LSJ.IMAGE_SIZE", 96, "MODEL.MASK_ON", True)
+
+
+def test_large_scale_jittering_is_that_of_detectron2s_recipe(tmp_path):
+    """The same transforms as those of its LazyConfig, and boxes around what the crop leaves."""
+    cfg = tiny_cfg(tmp_path, *LSJ)
+    register_dataset(cfg.DATASETS.TRAIN[0])
+    rows = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    lazy = [
+        T.RandomFlip(horizontal=True),
+        T.ResizeScale(min_scale=0.1, max_scale=2.0, target_height=96, target_width=96),
+        T.FixedSizeCrop(crop_size=(96, 96), pad=False),
+    ]
+    mappers = [
+        CheckedMapper(cfg, True),
+        DatasetMapper(
+            True, augmentations=lazy, image_format="BGR", use_instance_mask=True,
+            recompute_boxes=True,
+        ),
+    ]  # fmt: skip
+    sizes = set()
+    for seed, row in enumerate(rows * 3):
+        samples = []
+        for mapper in mappers:
+            np.random.seed(seed)
+            samples.append(mapper(row))
+        ours, theirs = samples
+        assert torch.equal(ours["image"], theirs["image"])
+        assert torch.equal(ours["instances"].gt_boxes.tensor, theirs["instances"].gt_boxes.tensor)
+        sizes.add(tuple(ours["image"].shape[1:]))
+    assert len(sizes) > 5 and max(max(size) for size in sizes) == 96
+
+
+def test_large_scale_jittering_takes_detectors_of_boxes_too(tmp_path):
+    cfg = tiny_cfg(tmp_path, *LSJ, "MODEL.MASK_ON", False)
+    register_dataset(cfg.DATASETS.TRAIN[0])
+    mapper = CheckedMapper(cfg, True)
+    assert not mapper.recompute_boxes
+    assert mapper(DatasetCatalog.get(cfg.DATASETS.TRAIN[0])[0])["image"].shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("INPUT.LSJ.IMAGE_SIZE", 0), r"IMAGE_SIZE 0"),
+        (("INPUT.LSJ.MIN_SCALE", 3.0), r"scales 3.0 to 2.0"),
+        (("INPUT.CROP.ENABLED", True), r"INPUT.LSJ and INPUT.CROP are both enabled"),
+    ],
+)
+def test_jittering_that_cannot_be_is_a_config_error(tmp_path, opts, message):
+    with pytest.raises(ConfigError, match=message):
+        CheckedMapper(tiny_cfg(tmp_path, *LSJ, *opts), True)
+
+
+def test_lvis_needs_its_package_and_its_files(monkeypatch):
+    with pytest.raises(DatasetError, match=r"lvis_v1_train needs the package lvis"):
+        register_dataset("lvis_v1_train")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(DatasetError, match=r"lvis_v1_train.json: no such file"):
+        register_dataset("lvis_v1_train")
+
+
+def test_a_loader_of_ones_own_starts_anew_with_a_warning(caplog):
+    skip_batches([1, 2], 0)
+    assert not caplog.text
+    skip_batches([1, 2], 3)
+    assert "starts from its first batch again" in caplog.text
