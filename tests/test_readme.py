@@ -1,11 +1,11 @@
 """README against the repository: its links, its code, its YAML, its commands."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 from dr2net_d2.config import merge_config
@@ -33,8 +33,13 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_run(code, monkeypatch, tmp_path):
-    if "detectron2.config" in code and importlib.util.find_spec("detectron2") is None:
-        pytest.skip("no Detectron2 here")
+    scope = {"max_iter": 3, "images": torch.zeros(1, 3, 64, 64)}
+    scope |= {"labels": torch.zeros(1, dtype=torch.long), "criterion": F.cross_entropy}
+    if "dr2net_d2.d2" in code:
+        pytest.importorskip("detectron2")
+        from dr2net_d2.d2.zoo import zoo_config
+
+        scope["model"] = zoo_config("common/models/mask_rcnn_vitdet.py").model
     monkeypatch.chdir(tmp_path)
     Path("my_vitdet.yaml").write_text(blocks("yaml")[0])
     # A ViT-B at 1024 px is more than a test needs: the same call, a smaller network.
@@ -43,7 +48,6 @@ def test_python_blocks_run(code, monkeypatch, tmp_path):
     monkeypatch.setattr(
         Dr2NetViT, "__init__", lambda self, **given: original(self, **{**given, **small})
     )
-    scope = {"max_iter": 3, "images": torch.zeros(1, 3, 64, 64)}
     exec(code, scope)
     if "features" in scope:
         assert scope["features"].shape == (1, 32, 4, 4)

@@ -279,6 +279,8 @@ def test_a_checkpoint_that_does_not_continue_the_training_is_a_weights_error(tra
     torch.save(saved, output / "model_final.pth")
     with pytest.raises(WeightsError, match=r"does not continue this training .*parameter group"):
         run(arguments(tmp_path, "SOLVER.LAYER_DECAY", 1.0, resume=True))
+    with pytest.raises(WeightsError, match=r"do not fit.*embed_dim is 32.*64|is \(.*32"):
+        run(arguments(tmp_path, "MODEL.VIT.EMBED_DIM", 64, resume=True))
     (output / "model_final.pth").unlink()
     with pytest.raises(WeightsError, match=r"do not exist"):
         run(arguments(tmp_path, resume=True))
