@@ -10,7 +10,7 @@ from torch import nn
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.optimizer import build_optimizer, layer_decay_factor, parameter_groups
 from dr2net_d2.tv.lr_schedule import lr_multiplier
-from tests.d2.tiny import tiny_cfg
+from tests.d2.tiny import rates_and_decays, tiny_cfg
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,6 @@ def test_layer_decay_is_detectron2s_for_every_parameter(model):
 
 
 def test_parameter_groups_are_detectron2s(model):
-    def settings(groups):
-        return {
-            parameter: (group["lr"], group["weight_decay"])
-            for group in groups
-            for parameter in group["params"]
-        }
-
     expected = get_default_optimizer_params(
         model,
         base_lr=0.1,
@@ -42,8 +35,10 @@ def test_parameter_groups_are_detectron2s(model):
         lr_factor_func=lambda name: get_vit_lr_decay_rate(name, 0.7, 2),
         overrides={"pos_embed": {"weight_decay": 0.0}},
     )
-    actual = settings(parameter_groups(model, 0.1, 0.05, 0.0, 0.7, 2, [("*pos_embed", 0.0)]))
-    assert actual == settings(expected)
+    actual = rates_and_decays(
+        parameter_groups(model, 0.1, 0.05, 0.0, 0.7, 2, [("*pos_embed", 0.0)])
+    )
+    assert actual == rates_and_decays(expected)
     assert actual.keys() == set(model.parameters())
 
 

@@ -145,19 +145,12 @@ def test_parameter_groups_are_those_of_detectron2s_recipes(tmp_path, name, overr
     cfg = config(tmp_path, name, "MODEL.MVIT.USE_ABS_POS", name == "mvit")
     model = build_model(cfg)
 
-    def settings(groups):
-        return {
-            parameter: (group["lr"], group["weight_decay"])
-            for group in groups
-            for parameter in group["params"]
-        }
-
     expected = get_default_optimizer_params(
         model, base_lr=0.1, weight_decay=0.05, weight_decay_norm=0.0, overrides=overrides
     )
     pairs = cfg.SOLVER.WEIGHT_DECAY_OVERRIDES
-    actual = settings(parameter_groups(model, 0.1, 0.05, 0.0, 1.0, 12, pairs))
-    assert actual == settings(expected)
+    actual = tiny.rates_and_decays(parameter_groups(model, 0.1, 0.05, 0.0, 1.0, 12, pairs))
+    assert actual == tiny.rates_and_decays(expected)
     cfg.SOLVER.LAYER_DECAY = 0.7
     with pytest.raises(ConfigError, match=r"LAYER_DECAY 0.7 \(1 turns it off\) is for plain ViTs"):
         build_optimizer(cfg, model)

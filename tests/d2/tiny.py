@@ -92,3 +92,12 @@ def launch_one(work, *_, args):
         work(*args)
     except Exception as error:
         raise ProcessRaisedException(traceback.format_exc(), 0, 1) from error
+
+
+def rates_and_decays(groups):
+    """Parameter -> (learning rate, weight decay), of an optimizer's groups."""
+    return {
+        parameter: (group["lr"], group["weight_decay"])
+        for group in groups
+        for parameter in group["params"]
+    }
