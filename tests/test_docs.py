@@ -5,7 +5,6 @@ What a block cannot be tried without, the line before it says: "*Needs COCO and 
 
 import ast
 import importlib
-import importlib.util
 import pkgutil
 import re
 import shlex
@@ -71,10 +70,10 @@ def commands():
 
 
 def python_pages():
-    """Name of a page -> its Python blocks that need nothing."""
-    pages = {page.stem: blocks("python", page.read_text()) for page in PAGES}
-    codes = {name: [code for needs, code in found if not needs] for name, found in pages.items()}
-    return {name: code for name, code in codes.items() if code and name != "keys"}
+    """Name of a page -> its Python blocks that need nothing; keys.md shows one of our files."""
+    pages = {page.name: blocks("python", page.read_text()) for page in (ROOT / "docs").glob("*.md")}
+    codes = {name: [code for needs, code in pages[name] if not needs] for name in sorted(pages)}
+    return {name: code for name, code in codes.items() if code and name != "keys.md"}
 
 
 def spans():
@@ -86,10 +85,12 @@ def spans():
 def detector(tmp_path_factory):
     """The quickstart's detector, as its training would leave it."""
     cfg = load_config(str(ROOT / "configs/quickstart.yaml"), [], ENGINE)
-    module = {"detectron2": "dr2net_d2.d2.lean", "torchvision": "dr2net_d2.tv.model"}[ENGINE]
-    name = {"detectron2": "build_detector", "torchvision": "build_model"}[ENGINE]
+    if ENGINE == "detectron2":
+        from dr2net_d2.d2 import build_detector as build
+    else:
+        from dr2net_d2.tv.model import build_model as build
     torch.manual_seed(0)
-    model = getattr(importlib.import_module(module), name)(cfg)
+    model = build(cfg)
     for stack in reversible_stacks(model):
         stack.coefficients.set(0.5, 0.5)
     path = tmp_path_factory.mktemp("detector") / "model_final.pth"
@@ -189,7 +190,7 @@ def test_python_blocks_run(page, clone):
     for code in python_pages()[page]:
         exec(code, scope)
 
-    if page == "config":
+    if page == "config.md":
         network = scope["network"](torch.zeros(1, 3, 64, 64))
         assert network.shape == (1, 1000) and len(reversible_stacks(scope["network"])) == 4
         model.backbone.net.update(embed_dim=32, depth=1, num_heads=2, window_block_indexes=[])
@@ -205,7 +206,7 @@ def test_python_blocks_run(page, clone):
         (stack,) = reversible_stacks(trainer.model)
         assert stack.coefficients.values == (0.5, 0.5)
         assert {type(trainer.optimizer)} == {torch.optim.AdamW}
-    elif page == "inference":
+    elif page == "inference.md":
         assert len(scope["found"].boxes) == len(scope["found"].scores)
         assert scope["result"].image_width == 128
 
