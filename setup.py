@@ -46,6 +46,12 @@ setup(
         "export": EXPORT,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.12", "mypy>=1.16"],
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6,<10",
+            "mkdocstrings[python]>=1,<2",
+            "ruff>=0.12",  # formats the signatures
+        ],
         # Not on the package index: install it by its own guide first.
         "detectron2": ["detectron2", "timm>=1.0"],
     },

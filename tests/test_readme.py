@@ -20,7 +20,9 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", *ROOT.glob("projects/*/README.md")], ids=str)
+@pytest.mark.parametrize(
+    "page", ["README.md", *ROOT.glob("projects/*/README.md"), *ROOT.glob("docs/**/*.md")], ids=str
+)
 def test_links_lead_somewhere(page):
     page = ROOT / page
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):

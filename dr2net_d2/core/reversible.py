@@ -63,7 +63,7 @@ class ReversibleSequence(nn.Module):
 
     Any residual network is converted by putting its blocks in here, a stage at a time. A stack
     that takes the place of their container has the same keys in the state dict, and at (1, 0),
-    where a new ``Coefficients()`` starts, it computes the same::
+    where a new ``Coefficients()`` starts, it computes the same:
 
         def residual(block, x):
             return block.stochastic_depth(block.layer_scale * block.block(x))
@@ -82,8 +82,9 @@ class ReversibleSequence(nn.Module):
     float64 for float64, else float32. Without gradients the stack runs in floating point; it agrees
     with the exact streams to 2^-k.
 
-    Warns: once, if alpha + beta > 1 lets the streams grow beyond ``GROWTH_TO_WARN_OF``; and in
-        float arithmetic, if the inversion is too inexact for a gradient.
+    Warns:
+        UserWarning: once, if alpha + beta > 1 lets the streams grow beyond ``GROWTH_TO_WARN_OF``;
+            and in float arithmetic, if the inversion is too inexact for a gradient.
     """
 
     def __init__(

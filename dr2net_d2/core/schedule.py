@@ -22,10 +22,10 @@ class CoefficientSchedule:
     """A stateless schedule ``schedule(progress) -> (alpha, beta)``.
 
     Kinds:
-        constant: (1 - end_beta, end_beta) from the first iteration, a hard conversion.
-        convex: beta rises linearly from ``start_beta`` to ``end_beta``, alpha = 1 - beta. With the
-            first state copied this nearly keeps the pretrained function all the way.
-        alternating: the paper's dynamic strategy as its authors' point-cloud code has it: in
+        * constant: (1 - end_beta, end_beta) from the first iteration, a hard conversion.
+        * convex: beta rises linearly from ``start_beta`` to ``end_beta``, alpha = 1 - beta. With
+            the first state copied this nearly keeps the pretrained function all the way.
+        * alternating: the paper's dynamic strategy as its authors' point-cloud code has it: in
             ``updates`` equal stages alpha falls from 1 to 0 and beta rises from 0.1 to 1, one of
             the two per stage in turn, alpha first. ``start_beta`` and ``end_beta`` play no part.
 

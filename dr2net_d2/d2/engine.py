@@ -114,7 +114,10 @@ def _train_or_evaluate(args: argparse.Namespace) -> Results:
     logger.info("Model:\n%s", experiment.model)
     if args.eval_only:
         checkpointer = Dr2NetCheckpointer(
-            experiment.model, settings.output_dir, allow_partial=settings.allow_partial
+            experiment.model,
+            settings.output_dir,
+            allow_partial=settings.allow_partial,
+            plain_vit=False,
         )
         checkpointer.resume_or_load(experiment.weights, resume=args.resume)
         results = experiment.evaluate(experiment.model, final=True)

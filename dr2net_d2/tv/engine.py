@@ -124,7 +124,9 @@ def _records(cfg: CfgNode, splits: Sequence[Split]) -> list[CocoRecord]:
 
 def _load_for_evaluation(cfg: CfgNode, model: nn.Module, resume: bool) -> None:
     allow_partial = cfg.MODEL.DR2NET.ALLOW_PARTIAL
-    checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, allow_partial=allow_partial)
+    checkpointer = StrictCheckpointer(
+        model, cfg.OUTPUT_DIR, allow_partial=allow_partial, plain_vit=False
+    )
     check_weights_to_evaluate(cfg, resume and checkpointer.has_checkpoint())
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
 

@@ -268,6 +268,15 @@ def test_an_output_dir_that_cannot_be_written_is_a_config_error(tmp_path):
         run(arguments(tmp_path))
 
 
+def test_a_pretrained_backbone_is_no_detector_to_evaluate(training, tmp_path):
+    state = {key: value for key, value in weights(training[0]).items() if ".net." in key}
+    torch.save(
+        {key.partition(".net.")[2]: value for key, value in state.items()}, tmp_path / "vit.pth"
+    )
+    with pytest.raises(WeightsError, match=r"they are a backbone, or another model"):
+        run(arguments(tmp_path, "MODEL.WEIGHTS", tmp_path / "vit.pth", eval_only=True))
+
+
 def test_a_checkpoint_that_does_not_continue_the_training_is_a_weights_error(training, tmp_path):
     output = tmp_path / "output"
     output.mkdir()
