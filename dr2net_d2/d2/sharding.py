@@ -1,7 +1,8 @@
-"""Fully sharded training (FSDP2), in place of DistributedDataParallel, for the largest detectors."""
+"""Fully sharded training (FSDP2) in place of DistributedDataParallel, for large detectors."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,12 +39,13 @@ def shard(model: nn.Module, fp16_compression: bool = False) -> None:
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
     device = next(model.parameters()).device
+    # Nothing changes in place what attention or an MLP gives.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (comm.get_world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float16 if fp16_compression else None)
-    for block in [*model.modules()]:
-        for part in (getattr(block, "attn", None), getattr(block, "mlp", None)):
-            if isinstance(part, nn.Module):
-                fully_shard(part, mesh=mesh, mp_policy=policy)
+    for name, part in [*model.named_modules()]:
+        if name.endswith((".attn", ".mlp")):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         module.register_load_state_dict_pre_hook(_load_shards)
@@ -68,15 +70,19 @@ def load_optimizer_shards(
 ) -> dict[str, Any]:
     """A hook before ``optimizer.load_state_dict`` that takes the state of a whole model."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        index: {
-            # The number of steps has no dimension.
-            name: placed_like(parameters[index], value) if torch.is_tensor(value) and value.dim() else value
+    state: dict[int, dict[str, Any]] = {}
+    for index, values in state_dict["state"].items():
+        parameter = parameters[index]
+        state[index] = {
+            name: placed_like(parameter, value) if _is_of_shape(value, parameter) else value
             for name, value in values.items()
         }
-        for index, values in state_dict["state"].items()
-    }
     return {**state_dict, "state": state}
+
+
+def _is_of_shape(value: Any, parameter: Tensor) -> bool:
+    """The number of steps, for one, is not."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 @contextmanager
