@@ -1,5 +1,6 @@
 """Fully sharded training on two processes, against the same training in one."""
 
+import json
 import math
 import shutil
 from functools import partial
@@ -11,22 +12,23 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dr2net_d2.d2 import Dr2NetCheckpointer, run
+from dr2net_d2.d2.lazy_experiment import LazyExperiment
 from dr2net_d2.d2.sharding import shard
 from dr2net_d2.d2.yaml_experiment import YamlExperiment
 from dr2net_d2.finetuning import check_gradients
 from tests.core.ranks import on_two_ranks
+from tests.d2 import test_lazy_experiment as lazy
 from tests.d2 import test_stage_detectors as stages
 from tests.d2.test_trainer import DEFINITE, assert_same_training, weights
 from tests.d2.tiny import arguments
 from tests.poison import LATE
 
 SHARDED = ("SOLVER.FSDP", True)
-# Processes get 3 and 2 images, and keep what is best of them.
-TESTED = ("DATASETS.TEST", ("small_digits_val_n5_s64_d3",), "SOLVER.CHECKPOINT_PERIOD", 2,
-          "TEST.EVAL_PERIOD", 2, "TEST.BEST_CHECKPOINT", "bbox/AP")  # fmt: skip
-# Unlike AdamW it feels the length of a gradient.
+FIVE = ("DATASETS.TEST", ("small_digits_val_n5_s64_d3",))  # 3 for one process, 2 for the other
+TESTED = (*FIVE, "TEST.EVAL_PERIOD", 2, "TEST.BEST_CHECKPOINT", "bbox/AP")
+HALFWAY = ("SOLVER.CHECKPOINT_PERIOD", 2)
 CLIPPED = (
-    "SOLVER.OPTIMIZER", "SGD",
+    "SOLVER.OPTIMIZER", "SGD",  # unlike AdamW it feels the length of a gradient
     "SOLVER.BASE_LR", 0.05,
     "SOLVER.CLIP_GRADIENTS.ENABLED", True,
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model",
@@ -115,14 +117,25 @@ def scaled_steps():
     return seen
 
 
+def lazily(folder):
+    """Whether a LazyConfig's parameters, and those that its optimizer has, are sharded."""
+    experiment = LazyExperiment(lazy.arguments(folder, lazy.READY, "train.fsdp=True", weights=""))
+    groups = experiment.trainer().optimizer.param_groups
+    optimized = [parameter for group in groups for parameter in group["params"]]
+    return [
+        all(isinstance(parameter, DTensor) for parameter in parameters)
+        for parameters in (experiment.model.parameters(), optimized)
+    ]
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """Folders of trainings in one process."""
     folders = {
         name: tmp_path_factory.mktemp(name) for name in ("tested", "clipped", "free", *stages.BOTH)
     }
-    train(folders["tested"], *TESTED)
-    train(folders["clipped"], *CLIPPED, "SOLVER.CHECKPOINT_PERIOD", 2)
+    train(folders["tested"], *TESTED, *HALFWAY)
+    train(folders["clipped"], *CLIPPED, *FIVE, *HALFWAY)
     train(folders["free"], *CLIPPED, "SOLVER.CLIP_GRADIENTS.ENABLED", False)
     for name in stages.BOTH:
         train_stages(folders[name], name)
@@ -133,21 +146,24 @@ def one(tmp_path_factory):
 def two(one, tmp_path_factory):
     """(folder with those of sharded trainings, what the scenarios gave to each process)."""
     base = tmp_path_factory.mktemp("two")
-    folders = {name: base / name for name in ("clipped", "accumulated", "half", *stages.BOTH)}
-    for folder in folders.values():
-        folder.mkdir()
+    trainings = {
+        "clipped": FIVE,
+        "accumulated": ("SOLVER.ACCUMULATION_STEPS", 2),
+        "half": ("SOLVER.FP16_COMPRESSION", True),
+    }
+    for name in (*trainings, *stages.BOTH):
+        (base / name).mkdir()
     resumed = half_trained(base / "resumed", one["clipped"])
-    accumulated = (*CLIPPED, *SHARDED, "SOLVER.ACCUMULATION_STEPS", 2)
     scenarios = {
-        "clipped": partial(train, folders["clipped"], *CLIPPED, *SHARDED),
-        "accumulated": partial(train, folders["accumulated"], *accumulated),
+        **{
+            name: partial(train, base / name, *CLIPPED, *SHARDED, *trainings[name])
+            for name in trainings
+        },
+        **{name: partial(train_stages, base / name, name, *SHARDED) for name in stages.BOTH},
         "resumed": partial(train, resumed, *CLIPPED, *SHARDED, resume=True),
-        "half": partial(
-            train, folders["half"], *CLIPPED, *SHARDED, "SOLVER.FP16_COMPRESSION", True
-        ),
-        **{name: partial(train_stages, folders[name], name, *SHARDED) for name in stages.BOTH},
         "one iteration": partial(after_one_iteration, base / "iteration"),
         "scaled": scaled_steps,
+        "lazy": partial(lazily, base),
     }
     return base, on_two_ranks(base, scenarios)
 
@@ -158,7 +174,7 @@ def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launched")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 2)
-        results = run(arguments(folder, *DEFINITE, *TESTED, *SHARDED, num_gpus=2))
+        results = run(arguments(folder, *DEFINITE, *TESTED, *HALFWAY, *SHARDED, num_gpus=2))
     return folder, results
 
 
@@ -185,12 +201,34 @@ def test_its_checkpoints_are_those_of_one_process(one, launched):
         torch.testing.assert_close(ours["state"][index], values, rtol=1e-3, atol=1e-5)
 
 
+def assert_same_detections(folder, other):
+    ours, theirs = [
+        json.loads((f / "output/inference/coco_instances_results.json").read_text())
+        for f in (folder, other)
+    ]
+    assert len(ours) == len(theirs) > 50
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found["image_id"] == expected["image_id"]
+        assert found["score"] == pytest.approx(expected["score"], rel=1e-4)
+        assert found["bbox"] == pytest.approx(expected["bbox"], abs=1e-2)
+
+
 def test_its_weights_are_evaluated_in_one_process(launched, tmp_path):
     folder, results = launched
     final = ("MODEL.WEIGHTS", folder / "output" / "model_final.pth")
     alone = run(arguments(tmp_path, *DEFINITE, *TESTED, *final, eval_only=True))
-    assert alone["bbox"] == pytest.approx(results["bbox"], abs=1e-6, nan_ok=True)
-    assert (folder / "output" / "model_best.pth").is_file()
+    assert alone["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+    assert_same_detections(folder, tmp_path)
+
+
+def test_the_best_weights_are_whole(launched):
+    best, half = weights(launched[0], "model_best.pth"), weights(launched[0], HALF)
+    for key, tensor in half.items():  # no later AP was better than the first
+        assert torch.equal(best[key], tensor), key
+
+
+def test_averages_are_evaluated(one, two):
+    assert_same_detections(two[0] / "clipped", one["clipped"])
 
 
 def test_it_is_resumed_without_shards(launched, tmp_path):
@@ -249,6 +287,11 @@ def test_an_overflow_in_one_shard_skips_the_step_of_every_process(two):
         (first_scale, first), (scale, weight) = rank["scaled"]
         assert first_scale == scale == 4.0
         assert torch.equal(first, torch.ones(4, 4)) and torch.equal(weight, torch.zeros(4, 4))
+
+
+def test_a_lazyconfig_shards_before_its_optimizer_is_built(two):
+    _, ranks = two
+    assert [rank["lazy"] for rank in ranks] == [[True, True]] * RANKS
 
 
 def test_one_process_has_nothing_to_shard(one, tmp_path):
