@@ -42,9 +42,9 @@ def train(folder, *opts, resume=False):
     run(arguments(folder, *DEFINITE, *opts, resume=resume))
 
 
-def train_stages(folder, name, *opts):
-    definite = (*DEFINITE[2:], f"MODEL.{stages.SECTION[name]}.DROP_PATH_RATE", 0.0)
-    run(stages.arguments(folder, name, *definite, "SOLVER.MAX_ITER", 2, *opts))
+def train_swin(folder, *opts):
+    definite = (*DEFINITE[2:], "MODEL.SWIN.DROP_PATH_RATE", 0.0, "SOLVER.MAX_ITER", 2)
+    run(stages.arguments(folder, "swin", *definite, *opts))
 
 
 def half_trained(folder, source):
@@ -119,7 +119,8 @@ def scaled_steps():
 
 def lazily(folder):
     """Whether a LazyConfig's parameters, and those that its optimizer has, are sharded."""
-    experiment = LazyExperiment(lazy.arguments(folder, lazy.READY, "train.fsdp=True", weights=""))
+    opts = ("train.fsdp=True", "model.roi_heads.box_head.fc_dims=[16]")
+    experiment = LazyExperiment(lazy.arguments(folder, lazy.READY, *opts, weights=""))
     groups = experiment.trainer().optimizer.param_groups
     optimized = [parameter for group in groups for parameter in group["params"]]
     return [
@@ -132,13 +133,12 @@ def lazily(folder):
 def one(tmp_path_factory):
     """Folders of trainings in one process."""
     folders = {
-        name: tmp_path_factory.mktemp(name) for name in ("tested", "clipped", "free", *stages.BOTH)
+        name: tmp_path_factory.mktemp(name) for name in ("tested", "clipped", "free", "swin")
     }
     train(folders["tested"], *TESTED, *HALFWAY)
     train(folders["clipped"], *CLIPPED, *FIVE, *HALFWAY)
     train(folders["free"], *CLIPPED, "SOLVER.CLIP_GRADIENTS.ENABLED", False)
-    for name in stages.BOTH:
-        train_stages(folders[name], name)
+    train_swin(folders["swin"])
     return folders
 
 
@@ -151,15 +151,15 @@ def two(one, tmp_path_factory):
         "accumulated": ("SOLVER.ACCUMULATION_STEPS", 2),
         "half": ("SOLVER.FP16_COMPRESSION", True),
     }
-    for name in (*trainings, *stages.BOTH):
+    for name in (*trainings, "swin"):
         (base / name).mkdir()
     resumed = half_trained(base / "resumed", one["clipped"])
     scenarios = {
         **{
-            name: partial(train, base / name, *CLIPPED, *SHARDED, *trainings[name])
-            for name in trainings
+            name: partial(train, base / name, *CLIPPED, *SHARDED, *opts)
+            for name, opts in trainings.items()
         },
-        **{name: partial(train_stages, base / name, name, *SHARDED) for name in stages.BOTH},
+        "swin": partial(train_swin, base / "swin", *SHARDED),
         "resumed": partial(train, resumed, *CLIPPED, *SHARDED, resume=True),
         "one iteration": partial(after_one_iteration, base / "iteration"),
         "scaled": scaled_steps,
@@ -257,10 +257,9 @@ def test_gradients_are_sent_in_half_precision(one, two):
     assert 1e-6 < distance(base / "half", one["clipped"]) < 1e-3
 
 
-@pytest.mark.parametrize("name", stages.BOTH)
-def test_backbones_of_stages_are_sharded_too(one, two, name):
+def test_a_backbone_of_stages_is_sharded_too(one, two):
     base, _ = two
-    assert distance(base / name, one[name]) < 1e-5
+    assert distance(base / "swin", one["swin"]) < 1e-5
 
 
 def test_each_process_holds_its_half_of_everything(two):
@@ -291,7 +290,7 @@ def test_an_overflow_in_one_shard_skips_the_step_of_every_process(two):
 
 def test_a_lazyconfig_shards_before_its_optimizer_is_built(two):
     _, ranks = two
-    assert [rank["lazy"] for rank in ranks] == [[True, True]] * RANKS
+    assert [rank["lazy"] for rank in ranks] == [[True, True], [True, True]]
 
 
 def test_one_process_has_nothing_to_shard(one, tmp_path):
