@@ -55,7 +55,8 @@ class Settings:
         best_metric: the result, such as "bbox/AP", whose best weights are kept; "" keeps none.
         allow_partial: see ``StrictCheckpointer``.
         expected_results: rows of task, metric, value, tolerance; the command fails without them.
-        ddp: arguments of DistributedDataParallel, and Detectron2's ``fp16_compression``.
+        ddp: arguments of DistributedDataParallel, and Detectron2's ``fp16_compression``; of no
+            effect on a model that is sharded.
 
     Raises:
         ValueError: no iterations, or a decay outside [0, 1).
