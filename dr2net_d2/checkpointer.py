@@ -19,6 +19,7 @@ from dr2net_d2.core.checkpoint import (
     convert_vit_checkpoint,
     fit_detector_checkpoint,
 )
+from dr2net_d2.core.ranks import whole
 from dr2net_d2.errors import WeightsError, weights_being_read
 from dr2net_d2.finetuning import non_finite
 from dr2net_d2.weight_files import read_checkpoint
@@ -110,23 +111,33 @@ class StrictCheckpointer(Checkpointer):  # type: ignore[misc]
         self._plain_vit = plain_vit
 
     def save(self, name: str, **kwargs: Any) -> None:
-        if not self.save_dir or not self.save_to_disk:
+        if not self.save_dir:
             return
         kwargs.update((key, obj.state_dict()) for key, obj in self.checkpointables.items())
         self.save_weights(name, **kwargs)
-        self.tag_last_checkpoint(f"{name}.pth")
+        if self.save_to_disk:
+            self.tag_last_checkpoint(f"{name}.pth")
 
     def save_weights(self, name: str, **others: Any) -> None:
-        """Write the model, and nothing that a training could be resumed from but ``others``."""
+        """Write the model, and nothing that a training could be resumed from but ``others``.
+
+        Where either is sharded, all processes have to call; the one with ``save_to_disk`` writes.
+        """
         parameters = dict(self.model.named_parameters())
         if bad := non_finite(parameters):
             raise FloatingPointError(
                 f"{bad[0]}, one of {len(bad)} such among {len(parameters)} parameters, is not "
                 f"finite after the optimizer's step; {name}.pth has not been written"
             )
+        model = self.model.state_dict()
+        # In place, as a state dict has an attribute with versions.
+        model.update(whole(dict(model), self.save_to_disk))
+        others = whole(others, self.save_to_disk)
+        if not self.save_to_disk:
+            return
         target = Path(self.save_dir, f"{name}.pth")
         partial = target.with_suffix(".pth.partial")
-        torch.save({"model": self.model.state_dict(), **others}, partial)
+        torch.save({"model": model, **others}, partial)
         partial.replace(target)
         self.logger.info("Saved checkpoint %s", target)
 

@@ -106,6 +106,10 @@ def _add_recipe_config(cfg: CfgNode) -> None:
     cfg.SOLVER.ACCUMULATION_STEPS = 1
     # Of the moving average of the weights, which is evaluated and kept in place of them; 0: none.
     cfg.SOLVER.EMA_DECAY = 0.0
+    # Shard parameters, gradients and the optimizer's state over the processes (FSDP2) instead of
+    # keeping all of them on each; for ViT-H and larger. Checkpoints stay the same, and so does a
+    # training in one process.
+    cfg.SOLVER.FSDP = False
     # Send gradients between GPUs in half precision.
     cfg.SOLVER.FP16_COMPRESSION = False
     # "float16", with loss scaling, or "bfloat16".

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dr2net_d2.core import reversible_stacks
+from dr2net_d2.core.ranks import whole
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     if not tensors:
         return []
     found = torch._foreach_norm([tensor.detach() for tensor in tensors.values()])
-    norms = torch.stack([norm.float() for norm in found])
+    norms = whole(torch.stack([norm.float() for norm in found]))
     # Where every element is finite the sum of their squares may not be, so the norm is not enough.
     return [
         name
@@ -104,7 +105,7 @@ def check_gradients(model: nn.Module) -> None:
     """
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     if bad := non_finite(grads):
-        name, grad = bad[-1], grads[bad[-1]]
+        name, grad = bad[-1], whole(grads[bad[-1]])
         wrong = grad[~grad.isfinite()]
         raise FloatingPointError(
             f"the gradient of {name.removeprefix('module.')} is {wrong[0].item()} in "

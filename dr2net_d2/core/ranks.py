@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_map
 
 
 def groups_of_shards(parameters: Iterable[nn.Parameter]) -> list[dist.ProcessGroup]:
@@ -30,3 +32,21 @@ def largest(value: float, groups: list[dist.ProcessGroup], device: torch.device)
     for group in groups:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group)
     return tensor.item()
+
+
+def whole(tree: Any, keep: bool = True) -> Any:
+    """A tree of containers with its shards (DTensors) made whole, on the CPU.
+
+    Ranks gather one tensor after the other, so all of them have to call.
+
+    Args:
+        keep: False leaves None in their places, on a rank that only takes part.
+    """
+
+    def gathered(leaf: Any) -> Any:
+        if not hasattr(leaf, "full_tensor"):
+            return leaf
+        tensor = leaf.full_tensor()
+        return tensor.cpu() if keep else None
+
+    return tree_map(gathered, tree)

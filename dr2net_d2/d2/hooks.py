@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.env import seed_all_rng
@@ -19,6 +20,7 @@ from dr2net_d2.checkpointer import StrictCheckpointer
 from dr2net_d2.core import CoefficientSchedule
 from dr2net_d2.core.memory import peak_memory_bytes
 from dr2net_d2.core.schedule import snap_to_grid
+from dr2net_d2.d2.sharding import placed_like
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.finetuning import GradientGuard, check_losses, update_coefficients
 
@@ -185,9 +187,13 @@ class MovingAverage(HookBase):
         finally:
             self._exchange()
 
+    @torch.no_grad()
     def _exchange(self) -> None:
+        # By value: what FSDP gathers is the storage of a shard.
         for name, parameter in self._parameters.items():
-            parameter.data, self._averages[name] = self._averages[name], parameter.data
+            average = self._averages[name].clone()
+            self._averages[name].copy_(parameter)
+            parameter.copy_(average)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._averages
@@ -196,7 +202,7 @@ class MovingAverage(HookBase):
         if state_dict.keys() != self._parameters.keys():
             raise ValueError("the moving average of the weights is of other parameters")
         for name, average in state_dict.items():
-            self._averages[name] = average.to(self._parameters[name])
+            self._averages[name] = placed_like(self._parameters[name], average)
 
 
 class BestWeights(HookBase):

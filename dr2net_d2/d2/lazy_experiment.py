@@ -23,6 +23,7 @@ from dr2net_d2.core import CoefficientSchedule, reversible_stacks
 from dr2net_d2.d2.checks import check_batch_size, check_datasets
 from dr2net_d2.d2.inference import without_cropping
 from dr2net_d2.d2.lean import make_lean
+from dr2net_d2.d2.sharding import shard
 from dr2net_d2.d2.trainer import Results, Settings, Trainer
 from dr2net_d2.errors import ConfigError, UserError
 
@@ -52,8 +53,8 @@ class LazyExperiment:
 
     It reads the fields of Detectron2's tools/lazyconfig_train_net.py, so its own configs run. Ours
     may have besides, with their defaults elsewhere: train.seed, train.amp.dtype,
-    train.accumulation_steps, train.ema_decay, train.best_metric, train.expected_results, and
-    dr2net.{schedule, lean, allow_partial}.
+    train.accumulation_steps, train.ema_decay, train.fsdp, train.best_metric,
+    train.expected_results, and dr2net.{schedule, lean, allow_partial}.
 
     Args:
         args: of ``engine.run``.
@@ -91,6 +92,9 @@ class LazyExperiment:
             if reversible_stacks(self.model):
                 make_lean(self.model, self._own.get("lean", LEAN_PARTS))
         if not args.eval_only:
+            if self._train.get("fsdp", False):
+                with lazily("train.fsdp"):
+                    shard(self.model, self._train.ddp.get("fp16_compression", False))
             with lazily("optimizer"):
                 cfg.optimizer.params.model = self.model
                 self._optimizer = instantiate(cfg.optimizer)
@@ -207,7 +211,7 @@ def _check_key(cfg: DictConfig, key: str) -> None:
 
 
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "train": ("seed", "accumulation_steps", "ema_decay", "best_metric", "expected_results"),
+    "train": ("seed", "accumulation_steps", "ema_decay", "fsdp", "best_metric", "expected_results"),
     "train.amp": ("dtype",),
 }
 """Fields that Detectron2's configs lack and ``LazyExperiment`` reads."""

@@ -15,6 +15,7 @@ from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.engine.defaults import create_ddp_model, default_writers
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from dr2net_d2.core import CoefficientSchedule
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
@@ -27,6 +28,7 @@ from dr2net_d2.d2.hooks import (
     PeakMemory,
     SeedIterations,
 )
+from dr2net_d2.d2.sharding import load_optimizer_shards, unsharded, without_reduction
 from dr2net_d2.errors import WeightsError
 from dr2net_d2.finetuning import divergence_at
 
@@ -53,7 +55,8 @@ class Settings:
         best_metric: the result, such as "bbox/AP", whose best weights are kept; "" keeps none.
         allow_partial: see ``StrictCheckpointer``.
         expected_results: rows of task, metric, value, tolerance; the command fails without them.
-        ddp: arguments of DistributedDataParallel, and Detectron2's ``fp16_compression``.
+        ddp: arguments of DistributedDataParallel, and Detectron2's ``fp16_compression``; of no
+            effect on a model that is sharded.
 
     Raises:
         ValueError: no iterations, or a decay outside [0, 1).
@@ -91,7 +94,8 @@ class Trainer(SimpleTrainer):
     with the same weights, bit for bit, as one that was not interrupted.
 
     Args:
-        model: on its device, not wrapped; it returns a dict of losses in training.
+        model: on its device, not wrapped, but maybe sharded (``sharding.shard``); it returns a dict
+            of losses in training.
         optimizer: of its parameters.
         lr_scheduler: torch's, or fvcore's multiplier of the learning rates.
         train_loader: of Detectron2; ``accumulation_steps`` of its batches make an iteration.
@@ -113,7 +117,11 @@ class Trainer(SimpleTrainer):
     ) -> None:
         self.device = next(model.parameters()).device
         devices = {} if self.device.type == "cuda" else {"device_ids": None}
-        wrapped = create_ddp_model(model, **settings.ddp, **devices)
+        wrapped = model
+        if isinstance(model, FSDPModule):
+            optimizer.register_load_state_dict_pre_hook(load_optimizer_shards)
+        else:
+            wrapped = create_ddp_model(model, **settings.ddp, **devices)
         super().__init__(wrapped, train_loader, optimizer, zero_grad_before_forward=True)
         self.settings = settings
         self.results: Results = {}
@@ -140,11 +148,13 @@ class Trainer(SimpleTrainer):
 
         def evaluate_and_keep() -> Results:
             with average.in_place() if average else nullcontext():
-                self.results = evaluate(model, self.iter >= settings.max_iter)
-                if average and main:
+                with unsharded(model):
+                    self.results = evaluate(model, self.iter >= settings.max_iter)
+                if average:
                     weights.save_weights("model_ema")
                 if best:
-                    best.update(self.results, self.iter)
+                    # Those of the main process: all others have none.
+                    best.update(comm.all_gather(self.results)[0], self.iter)
             return self.results
 
         best = BestWeights(settings.best_metric, weights) if settings.best_metric else None
@@ -160,9 +170,9 @@ class Trainer(SimpleTrainer):
         ]
         if settings.seed >= 0:
             ours.insert(1, SeedIterations(settings.seed, comm.get_rank(), comm.get_world_size()))
-        if main:
-            period, keep = settings.checkpoint_period, settings.max_checkpoints
-            ours.append(hooks.PeriodicCheckpointer(self.checkpointer, period, max_to_keep=keep))
+        # Only the main process writes checkpoints, and removes them.
+        period, keep = settings.checkpoint_period, settings.max_checkpoints if main else None
+        ours.append(hooks.PeriodicCheckpointer(self.checkpointer, period, max_to_keep=keep))
         ours.append(hooks.EvalHook(settings.eval_period, evaluate_and_keep))
         if main:
             # Last, so that evaluation results are written too.
@@ -236,6 +246,8 @@ class Trainer(SimpleTrainer):
 
     def _without_reduction(self) -> Any:
         """Gradients of several passes are reduced over processes with the last of them."""
+        if isinstance(self.model, FSDPModule):
+            return without_reduction(self.model)
         return self.model.no_sync() if comm.get_world_size() > 1 else nullcontext()
 
     def after_step(self) -> None:

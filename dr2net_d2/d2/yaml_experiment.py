@@ -43,6 +43,7 @@ from dr2net_d2.d2.checks import check_batch_size, check_datasets
 from dr2net_d2.d2.data import CheckedMapper
 from dr2net_d2.d2.inference import check_tta
 from dr2net_d2.d2.lean import build_detector
+from dr2net_d2.d2.sharding import shard
 from dr2net_d2.d2.trainer import Results, Settings, Trainer
 from dr2net_d2.errors import ConfigError, config_section
 from dr2net_d2.optimizer import build_optimizer
@@ -89,6 +90,8 @@ class YamlExperiment:
             check_tta(cfg, self.model)
         if not args.eval_only:
             with config_section("SOLVER"):
+                if cfg.SOLVER.FSDP:
+                    shard(self.model, cfg.SOLVER.FP16_COMPRESSION)
                 self._optimizer = build_optimizer(cfg, self.model)
                 self._lr_scheduler = build_lr_scheduler(cfg, self._optimizer)
 

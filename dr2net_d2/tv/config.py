@@ -202,6 +202,7 @@ _CHOICES = {
     "MODEL.VIT.TOP_BLOCK": ("LastLevelMaxPool",),
     "SOLVER.ACCUMULATION_STEPS": (1,),
     "SOLVER.EMA_DECAY": (0.0,),
+    "SOLVER.FSDP": (False,),
     "TEST.BEST_CHECKPOINT": ("",),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),

@@ -60,6 +60,7 @@ def test_what_is_ignored_is_logged(tiny_cfg, caplog):
         ("SOLVER.WARMUP_METHOD", "cubic", "linear"),
         ("SOLVER.WEIGHT_DECAY_BIAS", "0.1", "remove the key"),
         ("SOLVER.BASE_LR", "0.0", "BASE_LR > 0"),
+        ("SOLVER.FSDP", "True", "False"),
         ("SOLVER.CHECKPOINT_PERIOD", "0", "at least 1"),
         ("TEST.AUG.ENABLED", "True", "False"),
         ("VERSION", "1", "2"),
