@@ -33,8 +33,9 @@ def update_coefficients(
         max_iter: length of the training.
 
     Returns:
-        Scalars to log: the coefficients as set, the number of fractional bits of the streams, the
-        number of passes repeated because a stream outgrew them; empty without a stack.
+        Scalars to log: the coefficients as set, the largest |h| so far, the number of fractional
+        bits of the streams, the number of passes repeated because a stream outgrew them; empty
+        without a stack.
     """
     stacks = reversible_stacks(model)
     scalars: dict[str, float] = {}
@@ -43,6 +44,7 @@ def update_coefficients(
         alpha, beta = stack.coefficients.pairs(1)[0]
         scalars |= {"dr2net/alpha": alpha, "dr2net/beta": beta}
     if stacks and stacks[0].arithmetic == "exact":
+        scalars["dr2net/stream_peak"] = max(stack.stream_range.largest for stack in stacks)
         scalars["dr2net/fraction_bits"] = min(stack.fraction_bits for stack in stacks)
         scalars["dr2net/overflows"] = sum(stack.overflows for stack in stacks)
     return scalars

@@ -61,6 +61,7 @@ def test_a_training_leaves_the_files_of_detectron2_and_two_pictures(training):
     assert {"lr", "time", "dr2net/alpha", "dr2net/beta", "dr2net/overflows"} <= last.keys()
     assert last["memory/peak_mb"] > 50
     assert last["dr2net/beta"] == 0.5
+    assert 0.1 < last["dr2net/stream_peak"] < 1000
     log = (output / "log.txt").read_text()
     for text in ("iteration 0: alpha 0.9375, beta 0.0625", "Saved checkpoint", "AP50", "Model:"):
         assert text in log

@@ -54,7 +54,13 @@ def test_metrics_file(finished):
     for row in trained:
         assert row.keys() == LOSSES | {
             *("iteration", "lr", "time", "memory/peak_mb"),
-            *("dr2net/alpha", "dr2net/beta", "dr2net/fraction_bits", "dr2net/overflows"),
+            *(
+                "dr2net/alpha",
+                "dr2net/beta",
+                "dr2net/fraction_bits",
+                "dr2net/overflows",
+                "dr2net/stream_peak",
+            ),
         }
         parts = sum(row[name] for name in LOSSES - {"total_loss"})
         assert row["total_loss"] == pytest.approx(parts)
