@@ -22,6 +22,7 @@ from dr2net_d2.d2.fpn import (
 from dr2net_d2.d2.hooks import (
     BestWeights,
     CoefficientHook,
+    LossNormalizer,
     MovingAverage,
     NonFiniteGuard,
     PeakMemory,
@@ -41,6 +42,7 @@ __all__ = [
     "Dr2NetPyramid",
     "Dr2NetSwin",
     "FCOS",
+    "LossNormalizer",
     "MovingAverage",
     "NonFiniteGuard",
     "PeakMemory",

@@ -155,6 +155,27 @@ class SeedIterations(HookBase):
         seed_all_rng((self._first + self.trainer.iter * self._step) % 2**32)
 
 
+class LossNormalizer(HookBase):
+    """Saves the running number of positives that RetinaNet and FCOS divide their losses by.
+
+    Detectron2 keeps it outside the state dict, so that a resumed training would go on from the
+    initial value.
+
+    Args:
+        model: a detector of any kind, not wrapped.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    def state_dict(self) -> dict[str, float]:
+        value = getattr(self._model, "loss_normalizer", None)
+        return {} if value is None else {"value": float(value)}
+
+    def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
+        self._model.loss_normalizer = state_dict["value"]
+
+
 class MovingAverage(HookBase):
     """An exponential moving average of the trainable parameters; period 1.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import build_detection_train_loader
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -143,6 +144,9 @@ class LazyExperiment:
         """Reads the training images' annotations."""
         loader = self.cfg.dataloader.train.copy()
         loader.total_batch_size = self._batch
+        if self.settings.seed >= 0 and loader._target_ is build_detection_train_loader:
+            # With a generator of its own the loader leaves the global one alone when it starts.
+            loader.seed = self.settings.seed
         with lazily("dataloader.train"):
             train_loader = instantiate(loader)
         return Trainer(

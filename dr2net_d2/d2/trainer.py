@@ -23,6 +23,7 @@ from dr2net_d2.d2.data import skip_batches
 from dr2net_d2.d2.hooks import (
     BestWeights,
     CoefficientHook,
+    LossNormalizer,
     MovingAverage,
     NonFiniteGuard,
     PeakMemory,
@@ -164,6 +165,7 @@ class Trainer(SimpleTrainer):
             PeakMemory(),
             NonFiniteGuard(),
             hooks.LRScheduler(self.optimizer, lr_scheduler),
+            LossNormalizer(model),
             average,
             best,
             *extra_hooks,

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -247,3 +248,20 @@ def test_a_config_trains_with_torchvision_or_is_refused_by_key(path, reduced, tm
         with pytest.raises(ConfigError, match=key):
             run_torchvision(arguments(config, output))
         assert not output.exists()
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "fcos"])
+def test_a_lazy_training_that_was_cut_off_ends_with_the_same_weights(reduced, tmp_path, kind):
+    config = reduced(CONFIGS / "COCO-Detection" / f"{kind}_vitdet_b.py")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    args = arguments(config, whole)
+    args.opts += ["train.checkpointer.period=2", "train.max_iter=4"]
+    run(args)
+    resumed.mkdir()
+    shutil.copy(whole / "model_0000001.pth", resumed)
+    (resumed / "last_checkpoint").write_text("model_0000001.pth")
+    args.opts[0], args.resume = f"train.output_dir={resumed}", True
+    run(args)
+    expected, found = (torch.load(folder / "model_final.pth") for folder in (whole, resumed))
+    for key, tensor in expected["model"].items():
+        assert torch.equal(found["model"][key], tensor), key
