@@ -29,12 +29,21 @@ def small_backbone(**changes):
     return backbone
 
 
-def test_two_words_make_the_stock_backbone_reversible():
+@pytest.mark.parametrize(
+    "targets",
+    [
+        (Dr2NetPyramid, Dr2NetBackbone),
+        ("dr2net_d2.d2.Dr2NetPyramid", "dr2net_d2.d2.Dr2NetBackbone"),
+    ],
+    ids=["classes", "names"],
+)
+def test_two_words_make_the_stock_backbone_reversible(targets):
     config = small_backbone()
     torch.manual_seed(0)
     theirs = instantiate(config)
-    config._target_, config.net._target_ = Dr2NetPyramid, Dr2NetBackbone
+    config._target_, config.net._target_ = targets
     ours = instantiate(config)
+    assert type(ours.net) is Dr2NetBackbone
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert ours.output_shape() == theirs.output_shape()
     image = torch.randn(1, 3, 64, 64)
