@@ -9,7 +9,7 @@ quickstart: .venv/installed
 	$(BIN)/python train_net.py --config-file configs/quickstart.yaml --engine $(ENGINE)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

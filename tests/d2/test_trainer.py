@@ -107,6 +107,7 @@ def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
     process = subprocess.Popen(
         [sys.executable, *command(killed)],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # sums in the order of this process
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (killed / "output" / "model_0000003.pth").exists():
