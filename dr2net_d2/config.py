@@ -239,12 +239,18 @@ def check_categories(datasets: Mapping[str, Sequence[str]], key: str, num_classe
             )
 
 
-def check_weights_to_evaluate(cfg: CfgNode, resuming: bool) -> None:
-    """Refuse an evaluation that has neither MODEL.WEIGHTS nor a checkpoint to resume from."""
-    if not (cfg.MODEL.WEIGHTS or resuming):
+def check_weights_to_evaluate(
+    weights: str, resuming: bool, key: str = "MODEL.WEIGHTS", folder: str = "OUTPUT_DIR"
+) -> None:
+    """Refuse an evaluation that has neither weights nor a checkpoint to resume from.
+
+    Args:
+        key, folder: what the config calls the weights and the folder of the checkpoints.
+    """
+    if not (weights or resuming):
         raise ConfigError(
-            "--eval-only without weights: set MODEL.WEIGHTS to a checkpoint, or add --resume with "
-            "the OUTPUT_DIR of a training"
+            f"--eval-only without weights: set {key} to a checkpoint, or add --resume with the "
+            f"{folder} of a training"
         )
 
 

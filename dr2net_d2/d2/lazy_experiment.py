@@ -17,11 +17,10 @@ from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from dr2net_d2.checkpointer import locate_weights
 from dr2net_d2.commands import torch_device
 from dr2net_d2.config import LEAN_PARTS, amp_dtype
 from dr2net_d2.core import CoefficientSchedule, reversible_stacks
-from dr2net_d2.d2.checks import check_batch_size, check_datasets
+from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights
 from dr2net_d2.d2.inference import without_cropping
 from dr2net_d2.d2.lean import make_lean
 from dr2net_d2.d2.sharding import shard
@@ -74,18 +73,12 @@ class LazyExperiment:
         torch_device(self._train.device, "train.device")
         self._check_datasets(("test",) if args.eval_only else ("train", "test"))
         self.settings = self._settings()
-        resuming = args.resume and Path(self.settings.output_dir, "last_checkpoint").is_file()
-        if args.eval_only and not (self.weights or resuming):
-            raise ConfigError(
-                "--eval-only without weights: set train.init_checkpoint to a checkpoint, or add "
-                "--resume with the train.output_dir of a training"
-            )
         if not args.eval_only:
             loader, steps = cfg.dataloader.train, self.settings.accumulation_steps
             key = "dataloader.train.total_batch_size"
             self._batch = check_batch_size(key, loader.total_batch_size, steps)
-        if not resuming:
-            locate_weights(self.weights)
+        names = ("train.init_checkpoint", "train.output_dir")
+        check_weights(args, self.weights, self.settings.output_dir, *names)
         seed = self.settings.seed
         seed_all_rng(None if seed < 0 else seed + comm.get_rank())
         with lazily("model"):

@@ -30,16 +30,14 @@ from fvcore.common.config import CfgNode
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from dr2net_d2.checkpointer import locate_weights
 from dr2net_d2.commands import load_config, torch_device
 from dr2net_d2.config import (
     amp_dtype,
-    check_weights_to_evaluate,
     coefficient_schedule,
     head_section,
     lean_parts,
 )
-from dr2net_d2.d2.checks import check_batch_size, check_datasets
+from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights
 from dr2net_d2.d2.data import CheckedMapper
 from dr2net_d2.d2.inference import check_tta
 from dr2net_d2.d2.lean import build_detector
@@ -76,14 +74,10 @@ class YamlExperiment:
         torch_device(cfg.MODEL.DEVICE)
         self._check_datasets(("TEST",) if args.eval_only else ("TRAIN", "TEST"))
         self.settings = self._settings()
-        resuming = args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
-        if args.eval_only:
-            check_weights_to_evaluate(cfg, resuming)
-        else:
+        if not args.eval_only:
             steps = cfg.SOLVER.ACCUMULATION_STEPS
             self._batch = check_batch_size("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, steps)
-        if not resuming:
-            locate_weights(self.weights)
+        check_weights(args, self.weights, cfg.OUTPUT_DIR)
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
         self.model = build_detector(cfg)
         if cfg.TEST.AUG.ENABLED:

@@ -127,7 +127,7 @@ def _load_for_evaluation(cfg: CfgNode, model: nn.Module, resume: bool) -> None:
     checkpointer = StrictCheckpointer(
         model, cfg.OUTPUT_DIR, allow_partial=allow_partial, plain_vit=False
     )
-    check_weights_to_evaluate(cfg, resume and checkpointer.has_checkpoint())
+    check_weights_to_evaluate(cfg.MODEL.WEIGHTS, resume and checkpointer.has_checkpoint())
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
 
 
