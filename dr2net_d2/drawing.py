@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
+from dr2net_d2.data.contact_sheet import label_colour
 from dr2net_d2.inference import Detections
 
 LEGIBLE = 1024
@@ -33,7 +33,7 @@ def draw_detections(
     scale = max(1, round(LEGIBLE / max(image.shape[:2])))
     picture = image.repeat(scale, axis=0).repeat(scale, axis=1)
     unit = max(1.0, max(picture.shape[:2]) / (1.5 * LEGIBLE))
-    colours = [_colour(label) for label in detections.labels.tolist()]
+    colours = [label_colour(label) for label in detections.labels.tolist()]
     if detections.masks is not None:
         for mask, colour in zip(detections.masks, colours, strict=True):
             _tint(picture, mask.repeat(scale, axis=0).repeat(scale, axis=1), colour)
@@ -87,12 +87,6 @@ def place_labels(
         places.append((int(corners[best, 0]), int(corners[best, 1])))
         taken = np.vstack([taken, [*corners[best], *ends[best]]])
     return places
-
-
-def _colour(label: int) -> tuple[int, int, int]:
-    """BGR; hues by the golden ratio, so that neighbouring labels differ most."""
-    red, green, blue = colorsys.hsv_to_rgb(0.12 + label * 0.618034, 0.8, 1.0)
-    return round(255 * blue), round(255 * green), round(255 * red)
 
 
 def _tint(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> None:

@@ -1,10 +1,11 @@
 """Datasets in COCO format, for any engine; no detector framework is imported here."""
 
-import os
 from pathlib import Path
 
 from dr2net_d2.data.coco import CocoDataset, CocoRecord, load_coco, read_image, read_pixels
 from dr2net_d2.data.coco_writer import write_coco
+from dr2net_d2.data.folders import datasets_folder
+from dr2net_d2.data.originals import NAMES, resolve_original
 from dr2net_d2.data.small_digits import (
     SmallDigitsConfig,
     digit_samples,
@@ -48,7 +49,7 @@ def register_coco_json(name: str, json_file: str | Path, image_root: str | Path)
         DatasetError: the name already stands for other files.
     """
     files = (Path(json_file), Path(image_root))
-    taken = name in _COCO_SPLITS or name.startswith(_SMALL_DIGITS)
+    taken = name in (*_COCO_SPLITS, *NAMES) or name.startswith(_SMALL_DIGITS)
     if taken or _registered.get(name, files) != files:
         meaning = "a built-in dataset" if taken else str(_registered[name][0])
         raise DatasetError(f"dataset {name!r} already stands for {meaning}; choose another name")
@@ -58,21 +59,31 @@ def register_coco_json(name: str, json_file: str | Path, image_root: str | Path)
 def resolve_dataset(name: str) -> tuple[Path, Path]:
     """Find the annotation file and the image folder of a named dataset.
 
-    "small_digits_*" makes its canvases at the first use. "coco_2017_train" and "coco_2017_val"
-    lie under $DETECTRON2_DATASETS (default "datasets"); ``load_coco`` checks that they are there.
+    "small_digits_*" makes its canvases at the first use. "coco_2017_*", "visdrone_*", "aitod_*",
+    "aitodv2_*" and "tinyperson_*" lie in their original layout under $DETECTRON2_DATASETS (default
+    "datasets"); all but COCO are converted at the first use, and again when they have changed. A
+    name that ends in ".json" is a file whose images lie below its own folder. ``load_coco`` checks
+    that the files are there.
 
     Raises:
-        DatasetError: the name is not known, or a SmallDigits dataset cannot be made.
+        DatasetError: the name is not known, a SmallDigits dataset cannot be made, or an original
+            has bad entries.
     """
     if name.startswith(_SMALL_DIGITS):
         return make_small_digits(small_digits_from_name(name))
     if name in _COCO_SPLITS:
-        root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / "coco"
+        root = datasets_folder() / "coco"
         split = _COCO_SPLITS[name]
         return root / "annotations" / f"instances_{split}.json", root / split
     if name in _registered:
         return _registered[name]
-    known = ", ".join([*_COCO_SPLITS, f"{_SMALL_DIGITS}train", f"{_SMALL_DIGITS}val", *_registered])
+    if name in NAMES:
+        return resolve_original(name)
+    if name.endswith(".json"):
+        return Path(name), Path(name).parent
+    digits = f"{_SMALL_DIGITS}train", f"{_SMALL_DIGITS}val"
+    known = ", ".join([*_COCO_SPLITS, *digits, *NAMES, *_registered])
     raise DatasetError(
-        f"dataset {name!r} is not known; use one of {known}, or register_coco_json for your own"
+        f"dataset {name!r} is not known; use one of {known}, the path of a COCO-format .json, or"
+        " register_coco_json for your own"
     )

@@ -13,6 +13,7 @@ import numpy as np
 from dr2net_d2.data.coco_tables import check_tables, missing_files, read_json
 from dr2net_d2.errors import DatasetError
 
+
 def _no_boxes() -> np.ndarray:
     return np.zeros((0, 4), dtype=np.float32)
 
@@ -28,9 +29,9 @@ class CocoRecord:
         width: image width in pixels.
         boxes: ``(n, 4)`` float32, XYXY in pixels, as annotated: a box may reach over the edge.
         labels: ``(n,)`` int64, contiguous category indices from 0.
-        iscrowd: ``(n,)`` bool, true where a box is not one object to be found: a crowd, or what the
-            dataset says is to be ignored.
-        ignore_regions: ``(m, 4)`` float32, XYXY in pixels: where nothing is annotated, of any class.
+        iscrowd: ``(n,)`` bool, true where a box is no object to be found: a crowd, or what the dataset
+            says is to be ignored.
+        ignore_regions: ``(m, 4)`` float32, XYXY in pixels: parts where nothing is annotated.
     """
 
     file_name: str

@@ -264,9 +264,7 @@ def _refers(row: Row, key: str, index: dict[int, int], table: str, report: Repor
 def _has_iscrowd(row: Row, report: Report) -> bool:
     if row.get("iscrowd", 0) in (0, 1):
         return True
-    report(
-        f"annotation {row['id']}: iscrowd is {reprlib.repr(row['iscrowd'])}; it must be 0 or 1"
-    )
+    report(f"annotation {row['id']}: iscrowd is {reprlib.repr(row['iscrowd'])}; it must be 0 or 1")
     return False
 
 

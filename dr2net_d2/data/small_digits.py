@@ -6,7 +6,6 @@ A canvas does not depend on num_images: a larger dataset begins with a smaller o
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from contextlib import suppress
@@ -19,6 +18,7 @@ import cv2
 import numpy as np
 
 from dr2net_d2.data.coco_writer import write_coco
+from dr2net_d2.data.folders import cache_folder
 from dr2net_d2.errors import DatasetError
 
 # Raise it whenever a canvas changes, so that no cache of older canvases is taken for new.
@@ -189,8 +189,7 @@ def make_small_digits(
     Raises:
         DatasetError: the cache folder cannot be written.
     """
-    root = cache_dir or os.environ.get("DR2NET_CACHE") or "~/.cache/dr2net_d2"
-    folder = Path(root).expanduser() / config.name
+    folder = Path(cache_dir or cache_folder()).expanduser() / config.name
     if not _is_intact(folder, config):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -114,8 +114,8 @@ class Format:
         find: the parts (name -> layout) of a dataset in a folder, or of a file; none if it is not
             of this format.
         read: opens a part; bad entries are noted and left out.
-        write: writes a dataset into an empty folder in this format, the images too, and returns what
-            it had to leave out, in words.
+        write: writes a dataset into an empty folder in this format, with its images, and returns
+            what it had to leave out, in words.
         samples: writes a small dataset of this format, edge cases included, into an empty folder.
     """
 
@@ -163,9 +163,7 @@ def paired(layout: Layout, bad: BadEntries) -> list[tuple[Path, Path]]:
     return [(file, labels[stem]) for stem, file in sorted(images.items())]
 
 
-def parse_lines(
-    file: Path, bad: BadEntries, parse: Callable[[str], T]
-) -> list[tuple[int, T]]:
+def parse_lines(file: Path, bad: BadEntries, parse: Callable[[str], T]) -> list[tuple[int, T]]:
     """(line number, what ``parse`` makes of it) for all lines that are not blank.
 
     Args:

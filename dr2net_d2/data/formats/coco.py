@@ -26,8 +26,8 @@ from dr2net_d2.data.formats.samples import sample_source
 from dr2net_d2.data.formats.writing import copy_image
 from dr2net_d2.errors import DatasetError
 
-AITOD_MARK, TINYPERSON_MARK = b'"wind-mill"', b'"uncertain"'
-"""What only the JSON files of the one or the other hold."""
+_AITOD, _TINYPERSON = b'"wind-mill"', b'"uncertain"'
+"""What the JSON files of the one or the other hold, and no others."""
 
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\\\]|\\\\.)+")')
 _TABLES = {"info", "images", "annotations", "categories", "ignore_regions"}
@@ -52,11 +52,11 @@ def find(path: Path) -> dict[str, Layout]:
 
 def _kind(file: Path) -> str:
     data = file.read_bytes()
-    if file.suffix == ".json" and AITOD_MARK in data:
-        return "aitod"
-    if TINYPERSON_MARK in data:
-        return "tinyperson"
-    return "coco" if b'"images"' in data and b'"annotations"' in data else ""
+    if b'"images"' not in data or b'"annotations"' not in data:
+        return ""
+    # What a converter of ours wrote has "attributes", and is COCO whatever it was made from.
+    marks = {} if b'"attributes"' in data else {"aitod": _AITOD, "tinyperson": _TINYPERSON}
+    return next((kind for kind, mark in marks.items() if mark in data), "coco")
 
 
 def marked_parts(path: Path, kind: str) -> dict[str, Layout]:
@@ -114,7 +114,7 @@ def read_tables(layout: Layout, bad: BadEntries) -> tuple[Row, Tables]:
         if not isinstance(document.get(key), list):
             raise DatasetError(
                 f'{layout.annotations}: key "{key}" is missing or no list, found'
-                f" {', '.join(map(repr, document)) or 'none'}; COCO format has \"images\","
+                f' {", ".join(map(repr, document)) or "none"}; COCO format has "images",'
                 ' "annotations" and "categories"'
             )
     return document, check_tables(document, lambda text: bad.add(layout.annotations, None, text))
@@ -243,9 +243,7 @@ def collect(source: Source, images: Path, flatten: bool) -> tuple[Row, int]:
 
 
 def write(source: Source, folder: Path) -> list[str]:
-    document, _ = collect(source, folder / "images", flatten=False)
-    for row in document["images"]:
-        row["file_name"] = f"images/{row['file_name']}"
+    document, _ = collect(source, folder, flatten=False)
     head = {"info": source.info} if source.info else {}
     (folder / "annotations.json").write_text(json.dumps(head | source.tables | document))
     return []
@@ -255,6 +253,8 @@ def samples(folder: Path) -> None:
     """Ids in no order, an image without objects, a crowd, an ignore region, further keys."""
     with tempfile.TemporaryDirectory() as drawn:
         source = sample_source(Path(drawn), ["person", "car"], ".png")
+        for image in source.images:
+            image.name = f"images/{image.name}"
         write(source, folder)
     file = folder / "annotations.json"
     document = json.loads(file.read_text())

@@ -52,11 +52,11 @@ def find(path: Path) -> dict[str, Layout]:
         for candidate in sorted(folder.glob("labelTxt*/**/")) + sorted(folder.glob("*Task2*/**/")):
             if next(candidate.glob("*.txt"), None):
                 labels[_version(candidate.relative_to(folder))] = candidate
-        for version, annotations in labels.items():
+        for version, place in labels.items():
             part = "" if folder == path else folder.name
             if len(labels) > 1:
                 part = f"{part}_v{version}".strip("_")
-            found[part] = Layout(annotations, folder / "images", part=part)
+            found[part] = Layout(place, folder / "images", part=part)
     return {part: layout for part, layout in found.items() if layout.images.is_dir()}
 
 

@@ -31,8 +31,8 @@ def read(layout: Layout, bad: BadEntries) -> Source:
     document, tables = coco.read_tables(layout, bad)
     if cut := [row["id"] for row in tables.images if "corner" in row]:
         raise DatasetError(
-            f'{layout.annotations}: image {cut[0]} has a "corner": it is one of the parts into which'
-            " an image is to be cut; give the JSON of whole images, tiny_set_train.json"
+            f'{layout.annotations}: image {cut[0]} has a "corner": it is a part that is to be cut'
+            " out of an image; give the JSON of whole images, such as tiny_set_train.json"
         )
     return Source(
         named(["person"]),

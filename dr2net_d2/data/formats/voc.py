@@ -94,7 +94,9 @@ def _images(
         try:
             root = read_xml(file)
             if root.tag != "annotation":
-                raise XmlError(root.line, f"the outermost element is <{root.tag}>, not <annotation>")
+                raise XmlError(
+                    root.line, f"the outermost element is <{root.tag}>, not <annotation>"
+                )
             image_file = _image_file(root, file, layout.images)
         except XmlError as error:
             bad.add(file, error.line, f"{error}; correct it or restore the file")
@@ -147,7 +149,9 @@ def _size_problem(root: Element, size: tuple[int, int], image: Path) -> str:
 def _object(element: Element, places: dict[str, int]) -> Row:
     name, box = element.find("name"), element.find("bndbox")
     if name.text not in places:
-        said = f"name is {name.text!r}, not one of {', '.join(places)}" if name.line else "no <name>"
+        said = (
+            f"name is {name.text!r}, not one of {', '.join(places)}" if name.line else "no <name>"
+        )
         raise XmlError(name.line or element.line, f"{said}; correct it")
     if not box.line:
         raise XmlError(element.line, "no <bndbox> in this <object>; add it")
@@ -197,7 +201,11 @@ def write(source: Source, folder: Path) -> list[str]:
 
 def _object_xml(row: Row, name: str) -> str:
     x, y, w, h = row["bbox"]
-    corners = dict(zip(_CORNERS, map(str, (x + 1, y + 1, x + w, y + h)), strict=True))
+    # Rounded: 45.7 - 1 + 1 is not 45.7.
+    corners = {
+        tag: str(round(value, 9))
+        for tag, value in zip(_CORNERS, (x + 1, y + 1, x + w, y + h), strict=True)
+    }
     known = attributes_of(row)
     if row.get("iscrowd") and "difficult" not in known:
         known = {**known, "difficult": "1"}

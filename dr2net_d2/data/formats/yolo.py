@@ -46,14 +46,14 @@ def find(path: Path) -> dict[str, Layout]:
     if path.suffix in (".yaml", ".yml"):
         files = [path]
     else:
-        files = [f for f in (*path.glob("*.yaml"), *path.glob("*.yml")) if b"names" in f.read_bytes()]
+        files = [
+            f for f in (*path.glob("*.yaml"), *path.glob("*.yml")) if b"names" in f.read_bytes()
+        ]
     if files:
         # Every yaml may be the one; that its name is data.yaml is only a custom.
         file = sorted(files, key=lambda f: (f.name != "data.yaml", f.name))[0]
         content = _read_yaml(file)
-        return {
-            part: Layout(file, file.parent, part=part) for part in _PARTS if content.get(part)
-        }
+        return {part: Layout(file, file.parent, part=part) for part in _PARTS if content.get(part)}
     if (path / "images").is_dir() and (path / "labels").is_dir():
         return {"": Layout(path, path)}
     return {}

@@ -1,0 +1,113 @@
+"""A dataset's images with their boxes, side by side in one picture."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from dr2net_d2.data.coco import CocoDataset, CocoRecord, read_image
+
+_GAP, _LINE = 8, 18
+_FONT, _INK, _PAPER = cv2.FONT_HERSHEY_SIMPLEX, (40, 40, 40), (250, 250, 250)
+_HATCH = (60, 60, 230)
+_HATCH_STEP = 10
+
+
+def label_colour(label: int) -> tuple[int, int, int]:
+    """BGR; hues by the golden ratio, so that neighbouring labels differ most."""
+    red, green, blue = colorsys.hsv_to_rgb(0.12 + label * 0.618034, 0.8, 1.0)
+    return round(255 * blue), round(255 * green), round(255 * red)
+
+
+def choose(records: Sequence[CocoRecord], count: int) -> list[CocoRecord]:
+    """Images spread evenly over a dataset, those without anything in them only if need be."""
+    full = [record for record in records if len(record.boxes) or len(record.ignore_regions)]
+    chosen = full if len(full) >= count else [*records]
+    places = np.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().astype(int)
+    return [chosen[place] for place in places]
+
+
+def contact_sheet(dataset: CocoDataset, count: int, side: int) -> np.ndarray:
+    """Draw images in a grid: boxes in their class's colour, ignored ones grey, regions hatched.
+
+    Args:
+        dataset: whose images.
+        count: how many.
+        side: of a cell, in px; an image is scaled to fit, small ones by a whole number.
+
+    Returns:
+        ``(height, width, 3)`` uint8, BGR.
+
+    Raises:
+        DatasetError: an image cannot be read.
+    """
+    records = choose(dataset.records, count)
+    columns = math.ceil(math.sqrt(len(records)))
+    rows = math.ceil(len(records) / columns)
+    legend = _legend(dataset.categories, columns * (side + _GAP) + _GAP)
+    height = rows * (side + _LINE + _GAP) + _GAP
+    sheet = np.full((height, legend.shape[1], 3), _PAPER, np.uint8)
+    for place, record in enumerate(records):
+        row, column = divmod(place, columns)
+        x, y = _GAP + column * (side + _GAP), _GAP + row * (side + _LINE + _GAP)
+        cell = _cell(record, side)
+        sheet[y : y + cell.shape[0], x : x + cell.shape[1]] = cell
+        objects = int((~record.iscrowd).sum())
+        caption = f"id {record.image_id}, {record.width} x {record.height} px, {objects} objects"
+        cv2.putText(sheet, caption, (x, y + side + 13), _FONT, 0.4, _INK, 1, cv2.LINE_AA)
+    return np.vstack([sheet, legend])
+
+
+def _cell(record: CocoRecord, side: int) -> np.ndarray:
+    scale = side / max(record.width, record.height)
+    if scale > 1:
+        scale = math.floor(scale)
+    size = max(1, round(record.width * scale)), max(1, round(record.height * scale))
+    method = cv2.INTER_NEAREST if scale >= 1 else cv2.INTER_AREA
+    picture = cv2.resize(read_image(record), size, interpolation=method)
+    for box in np.rint(record.ignore_regions * scale).astype(int).tolist():
+        _hatch(picture, box)
+    order = np.argsort(~record.iscrowd, kind="stable")  # ignored ones below the others
+    for index in order:
+        x0, y0, x1, y1 = np.rint(record.boxes[index] * scale).astype(int).tolist()
+        ignored = bool(record.iscrowd[index])
+        colour = (150, 150, 150) if ignored else label_colour(int(record.labels[index]))
+        # Around the object, so that a small one stays to be seen.
+        cv2.rectangle(picture, (x0 - 1, y0 - 1), (x1, y1), colour, 1)
+        if ignored:
+            cv2.line(picture, (x0, y0), (x1, y1), colour, 1)
+    return picture
+
+
+def _hatch(picture: np.ndarray, box: list[int]) -> None:
+    height, width = picture.shape[:2]
+    x0, y0 = max(box[0], 0), max(box[1], 0)
+    x1, y1 = min(box[2], width), min(box[3], height)
+    part = picture[y0:y1, x0:x1]
+    lines = np.add.outer(np.arange(part.shape[0]), np.arange(part.shape[1])) % _HATCH_STEP < 2
+    part[lines] = _HATCH
+    cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), _HATCH, 1)
+
+
+def _legend(names: Sequence[str], width: int) -> np.ndarray:
+    """One line or more: the colour of every class, and the signs for what is ignored."""
+    entries = [(name, label_colour(label)) for label, name in enumerate(names)]
+    entries += [("to be ignored", (150, 150, 150)), ("ignore region", _HATCH)]
+    placed, x, y = [], _GAP, 0
+    for name, colour in entries:
+        extent = 20 + cv2.getTextSize(name, _FONT, 0.42, 1)[0][0] + 14
+        if x + extent > width and x > _GAP:
+            x, y = _GAP, y + _LINE
+        placed.append((name, colour, x, y))
+        width = max(width, x + extent)
+        x += extent
+    legend = np.full((y + _LINE + _GAP, width, 3), _PAPER, np.uint8)
+    for name, colour, left, top in placed:
+        cv2.rectangle(legend, (left, top + 2), (left + 12, top + 14), colour, cv2.FILLED)
+        place = (left + 18, top + 13)
+        cv2.putText(legend, name, place, _FONT, 0.42, _INK, 1, cv2.LINE_AA)
+    return legend
