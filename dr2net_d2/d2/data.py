@@ -12,7 +12,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.common import AspectRatioGroupedDataset
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
 from detectron2.data.detection_utils import SizeMismatchError
 from fvcore.common.config import CfgNode
 from torch.utils.data import Sampler
@@ -42,10 +42,24 @@ def register_dataset(name: str) -> tuple[str, ...]:
             _check_lvis(name)
             return tuple(metadata.get("thing_classes", ()))
         return load_coco(metadata.json_file, metadata.image_root).categories
-    json_file, image_root = resolve_dataset(name)
-    categories = load_coco(json_file, image_root).categories
-    register_coco_instances(name, {}, str(json_file), str(image_root))
-    return categories
+    json_file, image_root = map(str, resolve_dataset(name))
+    dataset = load_coco(json_file, image_root)
+    regions = {
+        record.image_id: record.ignore_regions.tolist()
+        for record in dataset.records
+        if len(record.ignore_regions)
+    }
+
+    def load() -> list[dict[str, Any]]:
+        dicts: list[dict[str, Any]] = load_coco_json(json_file, image_root, name)
+        for image in dicts:
+            if image["image_id"] in regions:
+                image["ignore_regions"] = regions[image["image_id"]]
+        return dicts
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
+    return dataset.categories
 
 
 def _check_lvis(name: str) -> None:

@@ -29,8 +29,8 @@ class CocoRecord:
         width: image width in pixels.
         boxes: ``(n, 4)`` float32, XYXY in pixels, as annotated: a box may reach over the edge.
         labels: ``(n,)`` int64, contiguous category indices from 0.
-        iscrowd: ``(n,)`` bool, true where a box is no object to be found: a crowd, or what the dataset
-            says is to be ignored.
+        iscrowd: ``(n,)`` bool, true where a box is no object to be found: a crowd, or something
+            that the dataset wants to be ignored.
         ignore_regions: ``(m, 4)`` float32, XYXY in pixels: parts where nothing is annotated.
     """
 

@@ -47,19 +47,20 @@ def contact_sheet(dataset: CocoDataset, count: int, side: int) -> np.ndarray:
     """
     records = choose(dataset.records, count)
     columns = math.ceil(math.sqrt(len(records)))
-    rows = math.ceil(len(records) / columns)
     legend = _legend(dataset.categories, columns * (side + _GAP) + _GAP)
-    height = rows * (side + _LINE + _GAP) + _GAP
-    sheet = np.full((height, legend.shape[1], 3), _PAPER, np.uint8)
-    for place, record in enumerate(records):
-        row, column = divmod(place, columns)
-        x, y = _GAP + column * (side + _GAP), _GAP + row * (side + _LINE + _GAP)
-        cell = _cell(record, side)
-        sheet[y : y + cell.shape[0], x : x + cell.shape[1]] = cell
-        objects = int((~record.iscrowd).sum())
-        caption = f"id {record.image_id}, {record.width} x {record.height} px, {objects} objects"
-        cv2.putText(sheet, caption, (x, y + side + 13), _FONT, 0.4, _INK, 1, cv2.LINE_AA)
-    return np.vstack([sheet, legend])
+    rows = []
+    for start in range(0, len(records), columns):
+        cells = [_cell(record, side) for record in records[start : start + columns]]
+        height = max(len(cell) for cell in cells) + _GAP + _LINE
+        row = np.full((height, legend.shape[1], 3), _PAPER, np.uint8)
+        for column, (cell, record) in enumerate(zip(cells, records[start:], strict=False)):
+            x, y = _GAP + column * (side + _GAP), _GAP + len(cell)
+            row[_GAP:y, x : x + cell.shape[1]] = cell
+            objects = int((~record.iscrowd).sum())
+            text = f"id {record.image_id}, {record.width} x {record.height} px, {objects} objects"
+            cv2.putText(row, text, (x, y + 13), _FONT, 0.4, _INK, 1, cv2.LINE_AA)
+        rows.append(row)
+    return np.vstack([*rows, legend])
 
 
 def _cell(record: CocoRecord, side: int) -> np.ndarray:
@@ -107,7 +108,10 @@ def _legend(names: Sequence[str], width: int) -> np.ndarray:
         x += extent
     legend = np.full((y + _LINE + _GAP, width, 3), _PAPER, np.uint8)
     for name, colour, left, top in placed:
-        cv2.rectangle(legend, (left, top + 2), (left + 12, top + 14), colour, cv2.FILLED)
+        if colour == _HATCH:
+            _hatch(legend, [left, top + 2, left + 13, top + 15])
+        else:
+            cv2.rectangle(legend, (left, top + 2), (left + 12, top + 14), colour, cv2.FILLED)
         place = (left + 18, top + 13)
         cv2.putText(legend, name, place, _FONT, 0.42, _INK, 1, cv2.LINE_AA)
     return legend

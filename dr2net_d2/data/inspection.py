@@ -76,7 +76,8 @@ def report(facts: dict[str, Any]) -> str:
     per_image, side = facts["objects_per_image"], facts["side"]
     width, height = facts["image_width"], facts["image_height"]
     lines = [
-        f"images          {facts['images']:,} ({facts['images_without_objects']:,} without objects)",
+        f"images          {facts['images']:,},"
+        f" {facts['images_without_objects']:,} of them without objects",
         f"image size      width {_words(width)}, height {_words(height)} px,"
         f" {facts['distinct_image_sizes']:,} different",
         f"boxes           {facts['boxes']:,}, {_words(per_image)} an image",

@@ -93,5 +93,8 @@ def read_xml(file: Path) -> Element:
     try:
         parser.Parse(file.read_bytes(), True)
     except expat.ExpatError as error:
-        raise XmlError(error.lineno, f"not well-formed XML ({error})") from None
+        what = expat.ErrorString(error.code)
+        last = opened[-1]
+        still = f", while <{last.tag}> of line {last.line} is open" if last.tag else ""
+        raise XmlError(error.lineno, f"not well-formed XML: {what}{still}") from None
     return document.children[0]

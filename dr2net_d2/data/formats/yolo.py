@@ -147,7 +147,7 @@ def _part_images(content: dict[str, Any], layout: Layout, bad: BadEntries) -> li
                 f"{layout.annotations}:{_line_of(layout.annotations, layout.part)} {layout.part} is"
                 f" {entry!r}, but there is no {place}; correct it or add the folder"
             )
-    return files
+    return list(dict.fromkeys(files))
 
 
 def _listed(listing: Path, bad: BadEntries) -> list[Path]:
@@ -167,20 +167,27 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _label_file(image: Path) -> Path:
-    """labels/ instead of the last images/ of the path, and .txt."""
-    parts = [*image.parts]
-    if "images" in parts[:-1]:
-        last = len(parts) - 2 - parts[-2::-1].index("images")
-        parts[last] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    return _swapped(image, "images", "labels").with_suffix(".txt")
+
+
+def _swapped(path: Path, name: str, other: str) -> Path:
+    """The path with its last folder of a name replaced."""
+    parts = [*path.parts]
+    if name in parts[:-1]:
+        parts[len(parts) - 2 - parts[-2::-1].index(name)] = other
+    return Path(*parts)
 
 
 def _check_labels(pairs: list[tuple[Path, Path]], bad: BadEntries) -> None:
-    expected = {labels for _, labels in pairs}
-    for folder in sorted({labels.parent for labels in expected}):
-        for file in sorted(folder.glob("*.txt")) if "labels" in folder.parts else ():
-            if file not in expected and file.name != "classes.txt":
-                bad.add(file, None, "no image belongs to it; add it or delete this file")
+    """Find labels without an image; those of other parts may lie in the same folder."""
+    for folder in sorted({labels.parent for _, labels in pairs}):
+        if not folder.is_dir() or "labels" not in folder.parts:
+            continue
+        place = _swapped(folder / "any", "labels", "images").parent
+        stems = {file.stem for file in listed_images(place)} if place.is_dir() else set()
+        for file in sorted(folder.glob("*.txt")):
+            if file.stem not in stems and file.name != "classes.txt":
+                bad.add(file, None, f"no image {place / file.stem}.*; add it or delete this file")
 
 
 def _images(
