@@ -19,7 +19,9 @@ from detectron2.data.datasets import register_coco_instances
 from dr2net_d2.d2 import register_dataset
 from dr2net_d2.d2.data import CheckedMapper, skip_batches
 from dr2net_d2.data import DatasetError, load_coco, register_coco_json, resolve_dataset
+from dr2net_d2.data.formats import FORMATS
 from dr2net_d2.errors import ConfigError
+from dr2net_d2.tv.dataset import load_split
 from tests.d2.tiny import tiny_cfg
 
 NAME = "small_digits_val_n3_s64_d2"
@@ -60,6 +62,41 @@ def test_datasets_registered_on_either_side_are_usable(tmp_path):
     for name in ("vans_ours", "vans_theirs"):
         assert register_dataset(name) == ("van",)
         assert len(DatasetCatalog.get(name)) == 1
+
+
+def test_ignore_regions_reach_the_dataset_dicts(tmp_path):
+    json_file = coco_json(tmp_path)
+    document = json.loads(json_file.read_text())
+    document["images"].append({"id": 2, "file_name": "a.png", "height": 40, "width": 60})
+    document["ignore_regions"] = [
+        {"id": 1, "image_id": 1, "bbox": [1, 2, 3, 4.5]},
+        {"id": 2, "image_id": 1, "bbox": [30, 20, 50, 50]},
+    ]
+    json_file.write_text(json.dumps(document))
+    name = str(json_file)
+    assert register_dataset(name) == ("van",)
+    first, second = DatasetCatalog.get(name)
+    assert first["ignore_regions"] == [[1, 2, 4, 6.5], [30, 20, 80, 70]]
+    assert "ignore_regions" not in second
+    assert MetadataCatalog.get(name).json_file == name
+    assert MetadataCatalog.get(name).thing_classes == ["van"]
+
+
+def test_original_datasets_have_the_same_names_in_both_engines(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setenv("DR2NET_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "VisDrone").mkdir()
+    FORMATS["visdrone"].samples(tmp_path / "VisDrone")
+    names = register_dataset("visdrone_val")
+    split = load_split("visdrone_val")
+    assert names == split.content.categories and len(names) == 10
+    dicts = DatasetCatalog.get("visdrone_val")
+    assert [d.get("ignore_regions", []) for d in dicts] == [
+        record.ignore_regions.tolist() for record in split.content.records
+    ]
+    assert [len(d.get("ignore_regions", [])) for d in dicts] == [0, 2, 0]
+    crowds = [[a["iscrowd"] for a in d["annotations"]] for d in dicts]
+    assert crowds == [[0] * 4, [0, 0, 0, 1], []]
 
 
 def test_damaged_datasets_are_refused_on_either_side_and_not_registered(tmp_path):

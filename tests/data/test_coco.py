@@ -184,6 +184,36 @@ def test_damaged_entries_are_named(root: Path, change, says: str) -> None:
     assert "; " in message  # what is wrong; what to do
 
 
+def region(**values: object) -> Callable[[Document], object]:
+    row = {"id": 1, "image_id": 3, "bbox": [2, 3, 10, 5.5], **values}
+    return lambda d: d.update(ignore_regions=[row, {"id": 2, "image_id": 5, "bbox": [1, 1, 0, 4]}])
+
+
+def test_ignore_regions_are_read(root: Path) -> None:
+    records = load_coco(write(root, region()), root).records
+    assert [record.ignore_regions.tolist() for record in records] == [[], [[2, 3, 12, 8.5]], []]
+    for record in (*records, *load_coco(write(root, lambda d: None), root).records):
+        assert record.ignore_regions.dtype == np.float32
+        assert record.ignore_regions.shape[1:] == (4,)
+    assert len(records[1].boxes) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (region(image_id=9), 'ignore region 1: image_id 9 is not an id in "images"'),
+        (region(bbox=[1, 2, 3]), "ignore region 1: bbox is [1, 2, 3]"),
+        (region(bbox=[1, 2, -3, 4]), "ignore region 1: bbox [1, 2, -3, 4] has negative"),
+        (region(bbox=[50, 2, 3, 4]), "bbox [50, 2, 3, 4] lies outside its image (image 3 is 20"),
+        (region(id=2), 'ignore region 2: this id occurs twice in "ignore_regions"'),
+        (lambda d: d.update(ignore_regions={}), '"ignore_regions" is {}; it must be a list'),
+        (lambda d: d.update(ignore_regions=[{}]), "missing bbox, id, image_id; each ignore region"),
+    ],
+)
+def test_damaged_ignore_regions_are_named(root: Path, change, says: str) -> None:
+    assert says in refusal(write(root, change), root)
+
+
 def test_empty_boxes_are_left_out_and_counted(root: Path) -> None:
     json_file = write(root, put("annotations", 0, bbox=[3, 4, 0, 5]))
     dataset = load_coco(json_file, root)

@@ -38,6 +38,8 @@ def find_layout(
             f"{path}: not laid out as {' or '.join(names)}; docs/datasets.md shows how each is"
         )
     if len(found) > 1:
+        found.pop("coco", None)  # a converter may well have put its JSON there
+    if len(found) > 1:
         raise DatasetError(f"{path}: may be {' or '.join(found)}; say which by --format")
     ((name, parts),) = found.items()
     if part is None and len(parts) > 1:
