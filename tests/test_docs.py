@@ -22,7 +22,9 @@ import dr2net_d2.demo
 from dr2net_d2 import convert, export, fidelity, plan
 from dr2net_d2.commands import choose_engine, load_config
 from dr2net_d2.core import reversible_stacks
+from dr2net_d2.data import commands as data_commands
 from dr2net_d2.data import small_digits_from_name
+from dr2net_d2.data.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -37,10 +39,12 @@ PARSERS = {
     "train_net.py": train_net.parse_arguments,
     "demo.py": partial(dr2net_d2.demo.parse_arguments, None),
     "dr2net_d2.convert": convert.parse_arguments,
+    "dr2net_d2.data": data_commands.parse_arguments,
     "dr2net_d2.export": export.parse_arguments,
     "dr2net_d2.fidelity": fidelity.parse_arguments,
     "dr2net_d2.plan": plan.parse_arguments,
 }
+DATA_COMMANDS = ("inspect", "convert", "draw", "sample")
 UNTRAINED = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "('small_digits_val_n2_s64_d3',)"]
 SMALLER = {
     "demo.py": UNTRAINED,
@@ -102,8 +106,12 @@ def detector(tmp_path_factory):
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch, detector, tmp_path_factory):
-    """A folder like that of a user after the quickstart, with a photograph."""
+    """A folder like that of a user after the quickstart, with a photograph and datasets."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    for name, folder in (("visdrone", "datasets/VisDrone"), ("yolo", "my_yolo"), ("voc", "my_voc")):
+        Path(folder).mkdir(parents=True)
+        FORMATS[name].samples(Path(folder))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DR2NET_CACHE", str(tmp_path_factory.getbasetemp() / "docs"))
     if ENGINE == "detectron2":
@@ -143,6 +151,8 @@ def test_commands_are_understood(needs, program, words, clone):
         assert program in (ROOT / ".ci/run").read_text()
         return
     args = PARSERS[program](words)
+    if program == "dr2net_d2.data":  # without a config
+        return
     if args.config_file is not None and args.config_file.endswith(".py"):
         pytest.importorskip("detectron2")
         from dr2net_d2.d2.lazy_experiment import load_lazy_config
@@ -160,15 +170,15 @@ def test_commands_run(program, words, clone):
     if {"detectron2", "configs/COCO-InstanceSegmentation/mask_rcnn_vitdet_l.yaml"} & {*words}:
         pytest.importorskip("detectron2")
     before = {path for path in Path().rglob("*") if path.is_file()}
-    run = {"demo.py": dr2net_d2.demo, "train_net.py": train_net}.get(program)
-    run = run or importlib.import_module(program)
+    run = {"demo.py": dr2net_d2.demo, "dr2net_d2.data": data_commands, "train_net.py": train_net}
+    run = run.get(program) or importlib.import_module(program)
     args = PARSERS[program]([*words, *SMALLER.get(program, ())])
     if program in ("dr2net_d2.fidelity", "dr2net_d2.plan"):
         args.image_size = 64
         args.budget_gb = 0.2  # so that plan's search for the largest image ends early
     run.run(args)
     made = {path for path in Path().rglob("*") if path.is_file()} - before
-    assert made
+    assert made or "inspect" in words
     if program == "demo.py":
         (drawn,) = Path("drawn").iterdir()
         assert cv2.imread(str(drawn)) is not None
@@ -223,9 +233,11 @@ def test_yaml_blocks_are_configs(needs, text, clone):
 
 
 def test_options_in_the_text_exist(capsys):
-    for parse in PARSERS.values():
+    helps = [(parse, ["--help"]) for parse in PARSERS.values()]
+    helps += [(data_commands.parse_arguments, [name, "--help"]) for name in DATA_COMMANDS]
+    for parse, words in helps:
         with pytest.raises(SystemExit):
-            parse(["--help"])
+            parse(words)
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     named = {option for span in spans() for option in re.findall(r"--[a-z][a-z-]+", span)}
     assert len(named) > 10 and named <= known

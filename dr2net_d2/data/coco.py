@@ -144,8 +144,9 @@ def read_pixels(file: str | Path, where: str = "") -> np.ndarray:
     where = where or str(file)
     try:
         data = np.fromfile(file, dtype=np.uint8)
-    except OSError as error:
-        raise DatasetError(f"{where}: {error.strerror}; restore the file") from None
+    except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
+        problem = getattr(error, "strerror", None) or error
+        raise DatasetError(f"{where}: {problem}; restore the file") from None
     # OpenCV raises on an empty buffer and returns None on anything else that is no image.
     image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
     if image is None or _is_cut_jpeg(data.tobytes()):

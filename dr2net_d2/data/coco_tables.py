@@ -231,7 +231,7 @@ def _is_image(row: Row, report: Report) -> bool:
         report(f"image {row['id']}: file_name is {reprlib.repr(name)}; it must be a path")
         return False
     for side in ("height", "width"):
-        if type(row[side]) is not int or row[side] <= 0:
+        if type(row[side]) is not int or not 0 < row[side] < 2**31:
             report(
                 f"image {row['id']}: {side} is {reprlib.repr(row[side])};"
                 " it must be a positive integer, in pixels"
@@ -279,6 +279,14 @@ def _has_box(row: Row, singular: str, report: Report) -> bool:
     return False
 
 
+def _as_floats(boxes: list[list[float]]) -> np.ndarray:
+    """``(n, 4)`` float64; infinite where an integer is too large."""
+    try:
+        return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    except OverflowError:
+        return np.array([[float(str(value)) for value in box] for box in boxes])
+
+
 def _box_table(
     rows: list[Row], table: str, images: list[Row], sizes: np.ndarray, report: Report
 ) -> BoxTable:
@@ -291,7 +299,7 @@ def _box_table(
         if _refers(row, "image_id", index, table, report) and _has_box(row, singular, report)
     ]
     image_index = np.array([index[row["image_id"]] for row in rows], dtype=np.int64)
-    xywh = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
+    xywh = _as_floats([row["bbox"] for row in rows])
     boxes, empty, problems = judge_boxes(xywh, sizes.reshape(-1, 2)[image_index])
     for row, problem, position in zip(rows, problems, image_index, strict=True):
         if problem:

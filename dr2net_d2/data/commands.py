@@ -26,7 +26,7 @@ from dr2net_d2.commands import run_command
 from dr2net_d2.data import resolve_dataset
 from dr2net_d2.data.coco import CocoDataset
 from dr2net_d2.data.contact_sheet import contact_sheet
-from dr2net_d2.data.conversion import convert_from, convert_to_coco
+from dr2net_d2.data.conversion import aside, convert_from, convert_to_coco
 from dr2net_d2.data.formats import FORMATS, BadEntries, Format, Layout, find_layout
 from dr2net_d2.data.inspection import describe, report
 from dr2net_d2.data.originals import NAMES, find_original
@@ -162,15 +162,10 @@ def _draw(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} is {value}; it must be from 1 to {most}")
     dataset, bad = load_source(*open_source(args.source, args.format, args.part))
     picture = contact_sheet(dataset, args.images, args.side)
-    partial = output.with_name(f"{output.name}.partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(cv2.imencode(output.suffix, picture)[1].tobytes())
-        partial.replace(output)
-    except OSError as error:
-        raise ConfigError(
-            f"OUT {args.output!r} cannot be written ({error.strerror}); choose another place"
-        ) from error
+    with aside(output) as scratch:
+        written = scratch / output.name
+        written.write_bytes(cv2.imencode(output.suffix, picture)[1].tobytes())
+        written.replace(output)
     logger.info("wrote %s, %d bad entries left out", output, bad.count)
 
 
@@ -185,11 +180,9 @@ def _sample(args: argparse.Namespace) -> None:
     folder = Path(args.output).expanduser()
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; name a new folder")
-    try:
-        folder.mkdir(parents=True)
-        FORMATS[args.format].samples(folder)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be written ({error.strerror}); choose another place"
-        ) from error
+    with aside(folder) as scratch:
+        written = scratch / folder.name
+        written.mkdir()
+        FORMATS[args.format].samples(written)
+        written.rename(folder)
     logger.info("wrote %s", folder)

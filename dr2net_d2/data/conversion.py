@@ -48,7 +48,7 @@ def convert_to_coco(
             or the JSON cannot be written.
     """
     bad = BadEntries()
-    with _aside(json_file) as scratch:
+    with aside(json_file) as scratch:
         written = scratch / json_file.name
         source = data_format.read(layout, bad)
         _write_coco(source, written, image_root)
@@ -85,7 +85,7 @@ def convert_from(
     if folder.exists():
         raise DatasetError(f"{folder}: exists already; name a new folder")
     bad = BadEntries()
-    with _aside(folder) as scratch:
+    with aside(folder) as scratch:
         written = scratch / folder.name
         written.mkdir()
         source = data_format.read(layout, bad)
@@ -94,6 +94,24 @@ def convert_from(
             refuse_bad(bad, layout.annotations)
         written.rename(folder)
     return left_out, bad
+
+
+@contextmanager
+def aside(target: Path) -> Iterator[Path]:
+    """A folder beside a file or folder that is to be moved there when it is complete.
+
+    Raises:
+        DatasetError: it cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".making_", dir=target.parent) as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise DatasetError(
+            f"{target}: cannot be written ({error}); choose another place, or for the cache set"
+            " DR2NET_CACHE to a writable folder"
+        ) from error
 
 
 def refuse_bad(bad: BadEntries, annotations: Path) -> None:
@@ -107,20 +125,6 @@ def refuse_bad(bad: BadEntries, annotations: Path) -> None:
         f"{annotations}: {bad.count} bad {'entry' if bad.count == 1 else 'entries'}, nothing is"
         f" written: {bad.listed[0]}{rest}; correct them, or leave them out by convert --skip-bad"
     )
-
-
-@contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """A folder beside a target that is to be moved there when it is complete."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".making_", dir=target.parent) as scratch:
-            yield Path(scratch)
-    except OSError as error:
-        raise DatasetError(
-            f"{target}: cannot be written ({error}); choose another place, or for the cache set"
-            " DR2NET_CACHE to a writable folder"
-        ) from error
 
 
 def _progress(source: Source) -> tqdm:

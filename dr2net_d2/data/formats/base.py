@@ -198,7 +198,7 @@ def read_text(file: Path, bad: BadEntries) -> str:
 
 def number(text: str, what: str) -> float:
     """An int where it is written as one, else a float; a ValueError for people if it is neither."""
-    if _WHOLE.fullmatch(text):
+    if _WHOLE.fullmatch(text) and len(text) < 16:
         return int(text)
     try:
         return float(text.replace("_", "no digit"))

@@ -76,9 +76,10 @@ def image_folder(json_file: Path) -> Path:
     """
     # Found without parsing a JSON of some hundred megabytes.
     first = _FILE_NAME.search(json_file.read_bytes())
-    if not first:
-        return json_file.parent
-    name = json.loads(first[1])
+    try:
+        name = json.loads(first[1]) if first else ""
+    except ValueError:
+        name = ""
     words = json_file.stem.replace("instances_", "").split("_")
     splits = {*words, json_file.stem.replace("instances_", "")}
     for root in (json_file.parent, json_file.parent.parent):

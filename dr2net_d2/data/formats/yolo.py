@@ -89,7 +89,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def _names(content: dict[str, Any], file: Path) -> list[str]:
     names = content.get("names")
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+    if isinstance(names, dict) and {*names} == {*range(len(names))}:
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names:
         raise DatasetError(
