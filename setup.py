@@ -35,6 +35,7 @@ setup(
         "fvcore>=0.1.5,<0.1.6",
         "numpy>=1.26",
         "opencv-python>=4.8",
+        "pyyaml>=6",
         "pycocotools>=2.0.7",
         "matplotlib>=3.7",
         "safetensors>=0.4",

@@ -275,6 +275,17 @@ def test_a_place_that_cannot_be_written_is_told(damaged, tmp_path):
         convert_from(found, layout, FORMATS["yolo"], tmp_path / "file")
 
 
+@pytest.mark.parametrize("text", [b"", b"a\nb\na\n", b"\xff\n"])
+def test_a_list_of_classes_that_is_none(damaged, tmp_path, text):
+    folder, found, layout = damaged("voc", "classes.txt", content(text))
+    with pytest.raises(DatasetError, match=r"classes\.txt: (no name|'utf-8')"):
+        convert_to_coco(found, layout, tmp_path / "a.json", tmp_path)
+    shutil.copytree(folder / "JPEGImages", folder / "images")
+    (folder / "labels").mkdir()
+    with pytest.raises(DatasetError, match=r"classes\.txt: (no name|'utf-8')"):
+        FORMATS["yolo"].read(find_layout(folder, "yolo")[1], BadEntries())
+
+
 def test_bad_entries_are_kept_small():
     bad = BadEntries()
     for number in range(1000):

@@ -131,6 +131,22 @@ def named(names: Iterable[str]) -> list[Row]:
     return [{"id": index, "name": name} for index, name in enumerate(names, start=1)]
 
 
+def read_names(file: Path) -> list[str]:
+    """The categories of a classes.txt, one a line.
+
+    Raises:
+        DatasetError: it has none, one twice, or is no text.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{file}: {error}; restore the file") from None
+    names = [line.strip() for line in lines if line.strip()]
+    if not names or len({*names}) < len(names):
+        raise DatasetError(f"{file}: no name, or one of them twice; write one a line")
+    return names
+
+
 def listed_images(folder: Path) -> list[Path]:
     """The images directly in a folder, by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)

@@ -27,6 +27,7 @@ from dr2net_d2.data.formats.base import (
     number,
     one_of,
     parse_lines,
+    read_names,
     usable,
 )
 from dr2net_d2.data.formats.samples import sample_source
@@ -75,7 +76,7 @@ def _files(layout: Layout, bad: BadEntries) -> list[Path]:
 def _categories(layout: Layout, files: list[Path]) -> list[str]:
     listed = layout.annotations.parent / "classes.txt"
     if listed.is_file():
-        return [line.strip() for line in listed.read_text().splitlines() if line.strip()]
+        return read_names(listed)
     found = set()
     for file in files:
         try:

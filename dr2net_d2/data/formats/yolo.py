@@ -28,6 +28,7 @@ from dr2net_d2.data.formats.base import (
     number,
     one_of,
     parse_lines,
+    read_names,
     usable,
 )
 from dr2net_d2.data.formats.samples import sample_source
@@ -119,7 +120,7 @@ def _line_of(file: Path, key: str) -> str:
 def _class_list(folder: Path) -> list[str]:
     for file in (folder / "classes.txt", folder / "labels" / "classes.txt"):
         if file.is_file():
-            return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+            return read_names(file)
     raise DatasetError(
         f"{folder}: neither a data.yaml nor a classes.txt; write the names of the classes to"
         " classes.txt, one a line"
