@@ -58,14 +58,12 @@ class Counts:
         by_density = (*shape[:2], len(DENSITIES) + 1)
         self.density_recall, self.density_precision = (np.full(by_density, -1.0) for _ in range(2))
 
-        self.classes = [
-            k for k, name in enumerate(truth.classes) if name not in protocol.left_out
-        ]
+        self.classes = [k for k, name in enumerate(truth.classes) if name not in protocol.left_out]
         kept_objects = self._outside_regions(objects)
         evaluated = kept_objects & np.isin(objects.category, self.classes)
         outside = np.array([_outside(objects.area, size) for size in protocol.size_bins])
         self.to_find = evaluated & ~objects.crowd & ~outside
-        self._counts_in_recall = evaluated & ~outside if protocol.recall_of_ignored else self.to_find
+        self._in_recall = evaluated & ~outside if protocol.recall_of_ignored else self.to_find
         per_image = np.bincount(objects.image[self.to_find[0]], minlength=len(truth.image_ids))
         self.density = np.searchsorted(DENSITIES, per_image, side="left")
         self.weights = np.ones(len(truth.classes))
@@ -77,7 +75,8 @@ class Counts:
         self.found, self.overlap = np.full(count, -1), np.zeros(count)
         self.counted, self.ignored = np.zeros(count, bool), np.zeros(count, bool)
         rows = np.flatnonzero(kept_objects)
-        self._objects = rows[np.lexsort((objects.image[rows], objects.category[rows]))]
+        rows = rows[np.lexsort((objects.image[rows], objects.category[rows]))]
+        self._objects = self._by_class(rows, objects.category)
         self._rank_detections()
         for k in self.classes:
             self._count_class(k)
@@ -93,24 +92,28 @@ class Counts:
         """Those that count, by class, image and descending score, and their ranks by score."""
         results = self._results
         rows = np.flatnonzero(self._outside_regions(results))
-        image, category, score = results.image, results.category, -results.score
-        order = rows[np.lexsort((score[rows], image[rows], category[rows]))]
-        self._rank = np.zeros(len(score), np.int64)
+        score, image = -results.score[rows], results.image[rows]
+        group = results.category[rows] * len(self._truth.image_ids) + image
+        order = np.lexsort((score, group))
+        # Those that compete for the places of a limit stand together in these.
+        rivals, ranked = group, order
         if self._protocol.per_image:
-            ranked = rows[np.lexsort((score[rows], image[rows]))]
-            group = image[ranked]
-        else:
-            ranked, group = order, category[order] * len(self._truth.image_ids) + image[order]
-        if len(ranked):
-            starts = np.flatnonzero(np.diff(group, prepend=-1))
-            sizes = np.diff(starts, append=len(group))
-            self._rank[ranked] = np.arange(len(group)) - np.repeat(starts, sizes)
-        self._detections = order[self._rank[order] < self._protocol.max_detections[-1]]
+            rivals, ranked = image, np.lexsort((score, image))
+        starts = np.flatnonzero(np.diff(rivals[ranked], prepend=-1))
+        sizes = np.diff(starts, append=len(rows))
+        self._rank = np.zeros(len(results.score), np.int64)
+        self._rank[rows[ranked]] = np.arange(len(rows)) - np.repeat(starts, sizes)
+        counted = rows[order]
+        counted = counted[self._rank[counted] < self._protocol.max_detections[-1]]
+        self._detections = self._by_class(counted, results.category)
+
+    def _by_class(self, rows: np.ndarray, category: np.ndarray) -> list[np.ndarray]:
+        """Rows that are sorted by class, per class."""
+        return np.split(rows, np.searchsorted(category[rows], range(1, len(self.weights))))
 
     def _count_class(self, k: int) -> None:
         protocol, objects, results = self._protocol, self._truth.objects, self._results
-        d = _rows_of(self._detections, results.category, k)
-        g = _rows_of(self._objects, objects.category, k)
+        d, g = self._detections[k], self._objects[k]
         detections = Boxes(results.image[d], results.xywh[d])
         outside = [_outside(detections.area, size) for size in protocol.size_bins]
         matching = _Matching(
@@ -120,23 +123,23 @@ class Counts:
             ~self.to_find[:, g],
             protocol,
         )
-        ranking = np.argsort(-results.score[d], kind="stable")
-        limits = [ranking[self._rank[d[ranking]] < most] for most in protocol.max_detections]
-        group = self.density[detections.image[ranking]]
-        densities = [ranking[group == index] for index in range(len(DENSITIES) + 1)]
-        to_find = np.count_nonzero(self._counts_in_recall[:, g], axis=1)
-        group = self.density[objects.image[g[self._counts_in_recall[0, g]]]]
+        by_score = np.argsort(-results.score[d], kind="stable")
+        score, rank = results.score[d[by_score]], self._rank[d[by_score]]
+        limits = [np.flatnonzero(rank < most) for most in protocol.max_detections]
+        group = self.density[detections.image[by_score]]
+        densities = [np.flatnonzero(group == index) for index in range(len(DENSITIES) + 1)]
+        to_find = np.count_nonzero(self._in_recall[:, g], axis=1)
+        group = self.density[objects.image[g[self._in_recall[0, g]]]]
         to_find_by_density = np.bincount(group, minlength=len(densities))
-        score = results.score[d]
         for t, threshold in enumerate(protocol.iou_thresholds):
             for a, (pairs, ignored) in enumerate(matching.at(threshold)):
                 taken = pairs >= 0
                 aside = np.where(taken, ignored, outside[a])
-                right, wrong = taken & ~aside, ~taken & ~aside
                 if a == 0 and threshold == MATCH_IOU:
                     self.counted[d], self.ignored[d] = True, aside
                     self.found[d[taken]] = g[matching.pairs.truth[pairs[taken]]]
                     self.overlap[d[taken]] = matching.values[0][pairs[taken]]
+                right, wrong = (taken & ~aside)[by_score], (~taken & ~aside)[by_score]
                 for m, rows in enumerate(limits if to_find[a] else ()):
                     found = curve(score[rows], right[rows], wrong[rows], to_find[a])
                     self.precision[t, :, k, a, m], self.scores[t, :, k, a, m] = found[:2]
@@ -172,7 +175,7 @@ class _Matching:
     ) -> None:
         self._ignored, self._count = ignored, len(detections.image)
         parts = protocol.ignores_parts
-        coverable = ignored.any(axis=0) if parts else crowd
+        coverable: np.ndarray = np.any(ignored, axis=0) if parts else crowd
         least = min(protocol.iou_thresholds)
         self.pairs = pairs = overlapping(detections, truth, coverable, least)
         self._reusable = [bin_ignored if parts else crowd for bin_ignored in ignored]
@@ -207,9 +210,3 @@ class _Matching:
 
 def _outside(area: np.ndarray, size: SizeBin) -> np.ndarray:
     return (area < size.low) | (area > size.high)
-
-
-def _rows_of(rows: np.ndarray, category: np.ndarray, k: int) -> np.ndarray:
-    """Those of a class among rows that are sorted by class."""
-    first, last = np.searchsorted(category[rows], [k, k + 1])
-    return rows[first:last]

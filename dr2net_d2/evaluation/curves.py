@@ -37,12 +37,16 @@ def curve(scores: np.ndarray, found: np.ndarray, wrong: np.ndarray, objects: int
     precision, at = np.zeros(len(RECALLS)), np.zeros(len(RECALLS))
     if not len(scores):
         return Curve(precision, at, 0.0, 0.0)
-    true, false = np.cumsum(found, dtype=float), np.cumsum(wrong, dtype=float)
+    # Precision rises where an object is found and nowhere else, so these places are all it takes.
+    places = np.flatnonzero(found)
+    true = np.arange(1.0, len(places) + 1)
+    false = np.searchsorted(np.flatnonzero(wrong), places).astype(float)
     recall = true / objects
     best = true / (false + true + np.spacing(1))
     best = np.maximum.accumulate(best[::-1])[::-1]
     reach = np.searchsorted(recall, RECALLS, side="left")
     reach = reach[reach < len(recall)]
-    precision[: len(reach)], at[: len(reach)] = best[reach], scores[reach]
-    steps = np.flatnonzero(found)
-    return Curve(precision, at, float(recall[-1]), float(best[steps].sum() / objects))
+    precision[: len(reach)], at[: len(reach)] = best[reach], scores[places[reach]]
+    # Recall 0 is reached by the first detection, whatever it is.
+    at[0] = scores[0]
+    return Curve(precision, at, len(places) / objects, float(best.sum() / objects))

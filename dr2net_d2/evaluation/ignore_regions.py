@@ -58,6 +58,4 @@ def _pixels(xywh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _shared(low: np.ndarray, high: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """``(n, cells)``: pixels that n ranges [low, high) share with the cells between edges."""
     starts, stops = edges[:-1], edges[1:]
-    return np.clip(
-        np.minimum(high[:, None], stops) - np.maximum(low[:, None], starts), 0, None
-    )
+    return np.clip(np.minimum(high[:, None], stops) - np.maximum(low[:, None], starts), 0, None)

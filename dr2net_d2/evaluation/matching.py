@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -102,7 +103,7 @@ def _neighbours(detections: Boxes, truth: Boxes) -> Iterator[tuple[np.ndarray, n
     total = np.cumsum(counts)
     chunks = (total - counts) // _CHUNK
     bounds = [*np.flatnonzero(np.diff(chunks, prepend=-1)), len(counts)]
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, last in pairwise(bounds):
         count = counts[first:last]
         d = np.repeat(np.arange(first, last), count)
         offset = np.repeat(start[first:last] - (np.cumsum(count) - count), count)
@@ -173,9 +174,10 @@ def contested(pairs: Pairs, kinds: np.ndarray, count: int) -> np.ndarray:
     differs = (d[1:] == d[:-1]) & (kinds[g[1:]] != kinds[g[:-1]])
     found = np.zeros(count, bool)
     found[d[1:][differs]] = True
-    reached, objects = -1, np.zeros(len(kinds), bool)
-    while (number := np.count_nonzero(found)) != reached:
-        reached = number
+    objects = np.zeros(len(kinds), bool)
+    while True:
+        before = np.count_nonzero(found)
         objects[g[found[d]]] = True
         found[d[objects[g]]] = True
-    return found
+        if np.count_nonzero(found) == before:
+            return found

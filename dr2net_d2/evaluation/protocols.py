@@ -182,6 +182,4 @@ def choose_protocol(name: str, detections_per_image: int) -> Protocol:
     if name != "coco" or protocol.max_detections == (detections_per_image,):
         return protocol
     description = protocol.description.replace("100", str(detections_per_image), 1)
-    return replace(
-        protocol, max_detections=(detections_per_image,), description=description
-    )
+    return replace(protocol, max_detections=(detections_per_image,), description=description)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,9 @@ def read_truth(json_file: str | Path) -> GroundTruth:
     area = (row.get("area", own) for row, own in zip(rows, boxes.tolist(), strict=True))
     objects = Table(
         image=_positions(image_ids, _column(rows, "image_id"), f"{json_file}: image_id"),
-        category=_positions(category_ids, _column(rows, "category_id"), f"{json_file}: category_id"),
+        category=_positions(
+            category_ids, _column(rows, "category_id"), f"{json_file}: category_id"
+        ),
         xywh=xywh,
         area=np.fromiter(area, float, len(rows)),
         crowd=np.fromiter((row.get("iscrowd", 0) for row in rows), bool, len(rows)),
@@ -95,7 +99,7 @@ def read_results(results: Sequence[dict[str, Any]], truth: GroundTruth) -> Table
             is not finite.
     """
     xywh = _xywh(results)
-    score = np.fromiter((row["score"] for row in results), float, len(results))
+    score = np.fromiter(map(itemgetter("score"), results), float, len(results))
     bad = ~(np.isfinite(score) & np.isfinite(xywh).all(axis=1))
     if bad.any():
         raise DatasetError(
@@ -114,11 +118,11 @@ def read_results(results: Sequence[dict[str, Any]], truth: GroundTruth) -> Table
 
 
 def _column(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray:
-    return np.fromiter((row[key] for row in rows), np.int64, len(rows))
+    return np.fromiter(map(itemgetter(key), rows), np.int64, len(rows))
 
 
 def _xywh(rows: Sequence[dict[str, Any]]) -> np.ndarray:
-    numbers: Iterable[float] = (number for row in rows for number in row["bbox"])
+    numbers = chain.from_iterable(map(itemgetter("bbox"), rows))
     return np.fromiter(numbers, float, 4 * len(rows)).reshape(-1, 4)
 
 
