@@ -1,6 +1,11 @@
 """Metrics on result files in COCO format; no detector framework is imported here."""
 
-from dr2net_d2.evaluation.boxes import Evaluation, Matches, evaluate_boxes
+from dr2net_d2.evaluation.boxes import (
+    EVALUATION_FILE,
+    Evaluation,
+    Matches,
+    evaluate_boxes,
+)
 from dr2net_d2.evaluation.protocols import (
     PROTOCOLS,
     Metric,
@@ -10,6 +15,7 @@ from dr2net_d2.evaluation.protocols import (
 )
 
 __all__ = [
+    "EVALUATION_FILE",
     "PROTOCOLS",
     "Evaluation",
     "Matches",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ import numpy as np
 from dr2net_d2.evaluation.counting import DENSITIES, MATCH_IOU, Counts
 from dr2net_d2.evaluation.protocols import PROTOCOLS, Metric, Protocol
 from dr2net_d2.evaluation.tables import GroundTruth, read_results, read_truth
+
+EVALUATION_FILE = "evaluation.json"
+"""What ``Evaluation.save`` writes, beside the detections."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +87,32 @@ class Evaluation:
     average_precision: np.ndarray
     matches: Matches
 
+    def table(self) -> str:
+        """The protocol's metrics, in Markdown."""
+        names = [metric.name for metric in self.protocol.metrics]
+        widths = [max(7, len(name)) for name in names]
+        lines = (
+            names,
+            [f":{'-' * (width - 2)}:" for width in widths],
+            [f"{self.metrics[name]:.3f}" for name in names],
+        )
+        return "\n".join(
+            "| " + " | ".join(f"{c:^{w}}" for c, w in zip(line, widths, strict=True)) + " |"
+            for line in lines
+        )
+
+    def save(self, file: Path) -> None:
+        """Write metrics and tables as JSON, with the protocol in front; NaN becomes null."""
+        content = {
+            "protocol": self.protocol.name,
+            "description": self.protocol.description,
+            "metrics": self.metrics,
+            "per_class": self.per_class,
+            "per_size": self.per_size,
+            "per_density": self.per_density,
+        }
+        file.write_text(json.dumps(_without_nan(content), indent=1) + "\n")
+
 
 def evaluate_boxes(
     json_file: str | Path,
@@ -121,6 +151,12 @@ def evaluate_boxes(
         average_precision=counts.average_precision,
         matches=_matches(counts),
     )
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _matches(counts: Counts) -> Matches:

@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from dr2net_d2.errors import ConfigError
+
 _LARGEST = 1e10
 
 
@@ -74,6 +76,11 @@ class Protocol:
     recall_of_ignored: bool = False
     class_weights: Literal["equal", "images"] = "equal"
     left_out: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """For logs."""
+        return f"the protocol {self.name} ({self.description})"
 
     def __post_init__(self) -> None:
         if 0.5 not in self.iou_thresholds:
@@ -176,10 +183,14 @@ def choose_protocol(name: str, detections_per_image: int) -> Protocol:
     """The protocol of TEST.PROTOCOL; COCO's takes TEST.DETECTIONS_PER_IMAGE for its 100.
 
     Raises:
-        KeyError: there is none of that name.
+        ConfigError: there is none of that name.
     """
+    if name not in PROTOCOLS:
+        raise ConfigError(
+            f"evaluation protocol {name!r} is not known; choose one of {', '.join(PROTOCOLS)}"
+        )
     protocol = PROTOCOLS[name]
-    if name != "coco" or protocol.max_detections == (detections_per_image,):
+    if name != "coco":
         return protocol
     description = protocol.description.replace("100", str(detections_per_image), 1)
     return replace(protocol, max_detections=(detections_per_image,), description=description)

@@ -15,7 +15,7 @@ from dr2net_d2.d2.hooks import CoefficientHook
 from dr2net_d2.d2.yaml_experiment import build_evaluator
 from dr2net_d2.data import register_coco_json, resolve_dataset
 from dr2net_d2.errors import ConfigError, DatasetError, UserError, WeightsError
-from dr2net_d2.evaluation import evaluate_boxes
+from dr2net_d2.evaluation import choose_protocol, evaluate_boxes
 from tests.d2.tiny import arguments, launch_one, tiny_cfg
 
 RESULTS = Path("output", "inference", "coco_instances_results.json")
@@ -113,7 +113,9 @@ def test_detectron2s_evaluation_counts_like_ours(tmp_path):
             evaluator.process([row], [{"instances": detections(row, generator)}])
         theirs = evaluator.evaluate()["bbox"]
         written = json.loads((tmp_path / "inference" / RESULTS.name).read_text())
-        ours = evaluate_boxes(json_file, written, detections_per_image)
+        ours = evaluate_boxes(
+            json_file, written, choose_protocol("coco", detections_per_image)
+        ).metrics
         assert ours == pytest.approx(theirs, nan_ok=True)
         results.append(ours)
     assert 1 < results[0]["AP"] < results[1]["AP"] < results[1]["AP50"] < 100
