@@ -12,6 +12,7 @@ from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils import comm
 
@@ -65,14 +66,13 @@ class ProtocolEvaluator(DatasetEvaluator):
     ) -> None:
         for image, output in zip(inputs, outputs, strict=True):
             found = output["instances"].to("cpu")
-            for (x0, y0, x1, y1), category, score in zip(
-                found.pred_boxes.tensor.tolist(),
-                found.pred_classes.tolist(),
-                found.scores.tolist(),
-                strict=True,
-            ):
-                row = {"image_id": image["image_id"], "category_id": category}
-                self._results.append({**row, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score})
+            boxes = Instances(
+                found.image_size,
+                pred_boxes=found.pred_boxes,
+                scores=found.scores,
+                pred_classes=found.pred_classes,
+            )
+            self._results += instances_to_coco_json(boxes, image["image_id"])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """{"bbox": the protocol's metrics} in the first process, empty in the others."""

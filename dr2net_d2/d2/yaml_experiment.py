@@ -46,6 +46,7 @@ from dr2net_d2.d2.lean import build_detector
 from dr2net_d2.d2.sharding import shard
 from dr2net_d2.d2.trainer import Results, Settings, Trainer
 from dr2net_d2.errors import ConfigError, config_section
+from dr2net_d2.evaluation import choose_protocol
 from dr2net_d2.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class YamlExperiment:
         check_datasets(key, cfg.MODEL[section].NUM_CLASSES, names)
 
     def _check_evaluation(self) -> None:
-        evaluation_protocol(self.cfg)
+        choose_protocol(self.cfg.TEST.PROTOCOL, self.cfg.TEST.DETECTIONS_PER_IMAGE)
         for name in self.cfg.DATASETS.TEST:
             evaluator_kind(self.cfg, name)
 
@@ -173,6 +174,7 @@ class YamlExperiment:
 
     def _evaluate(self, model: nn.Module, folder: str) -> Results:
         results: Results = OrderedDict()
+        protocol = evaluation_protocol(self.cfg)
         for name in self.cfg.DATASETS.TEST:
             loader = build_detection_test_loader(
                 self.cfg, name, mapper=CheckedMapper(self.cfg, False)
@@ -180,7 +182,7 @@ class YamlExperiment:
             evaluator = build_evaluator(self.cfg, name, folder)
             results[name] = inference_on_dataset(model, loader, evaluator)
             if comm.is_main_process():
-                logger.info("Results on %s by the protocol %s:", name, self.cfg.TEST.PROTOCOL)
+                logger.info("Results on %s by the protocol %s:", name, protocol.name)
                 print_csv_format(results[name])
         return next(iter(results.values())) if len(results) == 1 else results
 

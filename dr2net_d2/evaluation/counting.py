@@ -205,7 +205,9 @@ class _Matching:
                 first = taken
             else:
                 taken = np.where(self._contested, taken, first)
-            yield taken, (taken >= 0) & ignored[self.pairs.truth[taken]]
+            aside = taken >= 0
+            aside[aside] = ignored[self.pairs.truth[taken[aside]]]
+            yield taken, aside
 
 
 def _outside(area: np.ndarray, size: SizeBin) -> np.ndarray:

@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dr2net_d2.checkpointer import StrictCheckpointer
 from dr2net_d2.commands import load_config, torch_device
-from dr2net_d2.config import check_categories, check_weights_to_evaluate, evaluation_protocol
+from dr2net_d2.config import check_categories, check_weights_to_evaluate
 from dr2net_d2.data import CocoRecord
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.pictures import draw_curves, draw_predictions
@@ -53,8 +53,6 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         test_splits = [load_split(name) for name in cfg.DATASETS.TEST]
         _check_splits(cfg, train_splits, test_splits, args.eval_only)
         test = test_splits[0] if test_splits else None
-        if test is not None:
-            evaluation_protocol(cfg)
         seed = cfg.SEED if cfg.SEED >= 0 else secrets.randbelow(2**31)
         logger.info("seed %d", seed)
         model = build_seeded_model(cfg, seed).to(device)

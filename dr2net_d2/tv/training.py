@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dr2net_d2.checkpointer import StrictCheckpointer
-from dr2net_d2.config import amp_dtype, coefficient_schedule
+from dr2net_d2.config import amp_dtype, coefficient_schedule, evaluation_protocol
 from dr2net_d2.core.memory import peak_memory_bytes
 from dr2net_d2.core.replay import rng_state, set_rng_state
 from dr2net_d2.data import CocoRecord
 from dr2net_d2.errors import UserError, WeightsError, config_section
-from dr2net_d2.evaluation import EVALUATION_FILE, choose_protocol, evaluate_boxes
+from dr2net_d2.evaluation import EVALUATION_FILE, evaluate_boxes
 from dr2net_d2.finetuning import GradientGuard, check_losses, divergence_at, update_coefficients
 from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.tv.dataset import Split, TestImages, TrainingStream, as_lists
@@ -222,7 +222,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, test: Split, output_dir: Path) -> d
     file = output_dir / RESULTS_FILE
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(results))
-    protocol = choose_protocol(cfg.TEST.PROTOCOL, cfg.TEST.DETECTIONS_PER_IMAGE)
+    protocol = evaluation_protocol(cfg)
     evaluation = evaluate_boxes(test.json_file, results, protocol)
     evaluation.save(file.with_name(EVALUATION_FILE))
     logger.info("Boxes on %s by %s\n%s", cfg.DATASETS.TEST[0], protocol.title, evaluation.table())
