@@ -187,7 +187,8 @@ def choose_protocol(name: str, detections_per_image: int) -> Protocol:
     """
     if name not in PROTOCOLS:
         raise ConfigError(
-            f"evaluation protocol {name!r} is not known; choose one of {', '.join(PROTOCOLS)}"
+            f"TEST.PROTOCOL, the evaluation's protocol, is {name!r}; choose one of "
+            f"{', '.join(PROTOCOLS)}"
         )
     protocol = PROTOCOLS[name]
     if name != "coco":

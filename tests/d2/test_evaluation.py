@@ -126,7 +126,7 @@ def test_a_training_reports_the_protocols_metrics(tmp_path):
 
 
 def test_what_a_protocol_cannot_evaluate_is_refused_at_the_start(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="'voc' is not known; choose one of coco, aitod"):
+    with pytest.raises(ConfigError, match="'voc'; choose one of coco, aitod"):
         run(arguments(tmp_path, "TEST.PROTOCOL", "voc"))
     register_dataset(NAME)
     cfg = tiny_cfg(tmp_path, "TEST.PROTOCOL", "aitod")
