@@ -68,8 +68,9 @@ class Counts:
         self.density = np.searchsorted(DENSITIES, per_image, side="left")
         self.weights = np.ones(len(truth.classes))
         if protocol.class_weights == "images":
-            pairs = np.unique(np.stack([objects.category, objects.image])[:, evaluated], axis=1)
-            self.weights = np.bincount(pairs[0], minlength=len(truth.classes)).astype(float)
+            images = len(truth.image_ids)
+            groups = np.unique((objects.category * images + objects.image)[evaluated])
+            self.weights = np.bincount(groups // images, minlength=len(truth.classes)).astype(float)
 
         count = len(results.score)
         self.found, self.overlap = np.full(count, -1), np.zeros(count)

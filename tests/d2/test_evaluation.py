@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
@@ -98,7 +100,9 @@ def test_the_protocols_evaluate_what_detectron2_writes(name, json_file, tmp_path
 
 def test_the_detections_of_all_processes_count(json_file, monkeypatch):
     rows = DatasetCatalog.get(NAME)
-    whole = evaluate(ProtocolEvaluator(NAME, "aitod"), rows)
+    # As a LazyConfig has it.
+    lazy = L(ProtocolEvaluator)(dataset_name=NAME, protocol="aitod", output_dir=None)
+    whole = evaluate(instantiate(lazy), rows)
     generator = torch.Generator().manual_seed(0)
     evaluators = [ProtocolEvaluator(NAME, "aitod") for _ in range(2)]
     for index, row in enumerate(rows):

@@ -217,5 +217,7 @@ def test_what_cannot_be_evaluated_is_named(scene):
     ):
         with pytest.raises(DatasetError, match=message):
             evaluate_boxes(path, [{**found([1, 1, 9, 9])[0], **wrong}])
-    with pytest.raises(ConfigError, match=r"'voc'; choose one of coco, aitod, visdrone, tinyperson"):
+    with pytest.raises(
+        ConfigError, match=r"'voc'; choose one of coco, aitod, visdrone, tinyperson"
+    ):
         choose_protocol("voc", 100)
