@@ -18,6 +18,7 @@ from dr2net_d2.config_keys import LEAN_PARTS, add_dr2net_config
 from dr2net_d2.core import CoefficientSchedule
 from dr2net_d2.core.schedule import BETA_GRID, snap_to_grid
 from dr2net_d2.errors import ConfigError, config_section
+from dr2net_d2.evaluation import Protocol, choose_protocol
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +191,25 @@ def _fraction(cfg: CfgNode, count_images: Callable[[], int] | None) -> float:
             f"{cfg.SOLVER.MAX_ITER} iterations of the training; it must be part of it"
         )
     return fraction
+
+
+def evaluation_protocol(cfg: CfgNode) -> Protocol:
+    """That of TEST.PROTOCOL; warns if the detector gives fewer boxes than it counts.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    given = cfg.TEST.DETECTIONS_PER_IMAGE
+    protocol = choose_protocol(cfg.TEST.PROTOCOL, given)
+    if given < (most := protocol.max_detections[-1]):
+        logger.warning(
+            "TEST.DETECTIONS_PER_IMAGE is %d, but the protocol %s counts up to %d; the metrics may "
+            "be lower than they could be",
+            given,
+            protocol.name,
+            most,
+        )
+    return protocol
 
 
 def merge_config(cfg: CfgNode, config_file: str | None, overrides: Sequence[str]) -> None:

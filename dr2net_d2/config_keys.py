@@ -88,6 +88,7 @@ def add_dr2net_config(cfg: CfgNode) -> None:
     fcos.NMS_THRESH_TEST = 0.6
 
     _add_recipe_config(cfg)
+    _add_evaluation(cfg)
 
 
 def _add_recipe_config(cfg: CfgNode) -> None:
@@ -181,3 +182,10 @@ def _add_mvit(model: CfgNode) -> None:
     mvit.PRETRAIN_USE_CLS_TOKEN = True
     # Pad both sides of every image to a multiple of this, in px; 0: of the coarsest stride.
     mvit.SQUARE_PAD = 0
+
+
+def _add_evaluation(cfg: CfgNode) -> None:
+    # How boxes are counted: "coco", or as the benchmark does it, "aitod", "visdrone" or
+    # "tinyperson"; see docs/evaluation.md. DETECTIONS_PER_IMAGE counts under "coco"; the others
+    # have numbers of their own, which it should reach.
+    cfg.TEST.PROTOCOL = "coco"

@@ -12,6 +12,7 @@ from dr2net_d2.d2.backbone import (
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import register_dataset
 from dr2net_d2.d2.engine import run
+from dr2net_d2.d2.evaluation import ProtocolEvaluator
 from dr2net_d2.d2.fcos import FCOS
 from dr2net_d2.d2.fpn import (
     build_dr2net_mvit_fpn_backbone,
@@ -47,6 +48,7 @@ __all__ = [
     "NonFiniteGuard",
     "PeakMemory",
     "Predictor",
+    "ProtocolEvaluator",
     "SeedIterations",
     "Settings",
     "Trainer",

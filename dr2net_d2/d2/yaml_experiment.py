@@ -34,16 +34,19 @@ from dr2net_d2.commands import load_config, torch_device
 from dr2net_d2.config import (
     amp_dtype,
     coefficient_schedule,
+    evaluation_protocol,
     head_section,
     lean_parts,
 )
 from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights
 from dr2net_d2.d2.data import CheckedMapper
+from dr2net_d2.d2.evaluation import ProtocolEvaluator
 from dr2net_d2.d2.inference import check_tta
 from dr2net_d2.d2.lean import build_detector
 from dr2net_d2.d2.sharding import shard
 from dr2net_d2.d2.trainer import Results, Settings, Trainer
 from dr2net_d2.errors import ConfigError, config_section
+from dr2net_d2.evaluation import choose_protocol
 from dr2net_d2.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -73,6 +76,8 @@ class YamlExperiment:
         lean_parts(cfg)
         torch_device(cfg.MODEL.DEVICE)
         self._check_datasets(("TEST",) if args.eval_only else ("TRAIN", "TEST"))
+        if cfg.DATASETS.TEST:
+            self._check_evaluation()
         self.settings = self._settings()
         if not args.eval_only:
             steps = cfg.SOLVER.ACCUMULATION_STEPS
@@ -121,6 +126,11 @@ class YamlExperiment:
         key = f"MODEL.{section}.NUM_CLASSES"
         check_datasets(key, cfg.MODEL[section].NUM_CLASSES, names)
 
+    def _check_evaluation(self) -> None:
+        choose_protocol(self.cfg.TEST.PROTOCOL, self.cfg.TEST.DETECTIONS_PER_IMAGE)
+        for name in self.cfg.DATASETS.TEST:
+            evaluator_kind(self.cfg, name)
+
     def _count_images(self) -> int:
         filter_empty = self.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         return len(get_detection_dataset_dicts(self.cfg.DATASETS.TRAIN, filter_empty))
@@ -164,6 +174,7 @@ class YamlExperiment:
 
     def _evaluate(self, model: nn.Module, folder: str) -> Results:
         results: Results = OrderedDict()
+        protocol = evaluation_protocol(self.cfg)
         for name in self.cfg.DATASETS.TEST:
             loader = build_detection_test_loader(
                 self.cfg, name, mapper=CheckedMapper(self.cfg, False)
@@ -171,7 +182,7 @@ class YamlExperiment:
             evaluator = build_evaluator(self.cfg, name, folder)
             results[name] = inference_on_dataset(model, loader, evaluator)
             if comm.is_main_process():
-                logger.info("Results on %s:", name)
+                logger.info("Results on %s by the protocol %s:", name, protocol.name)
                 print_csv_format(results[name])
         return next(iter(results.values())) if len(results) == 1 else results
 
@@ -180,21 +191,38 @@ class YamlExperiment:
         return self.cfg.DATASETS.TEST[-1] if self.cfg.DATASETS.TEST else None
 
 
+def evaluator_kind(cfg: CfgNode, dataset: str) -> str:
+    """The format of a registered dataset, "coco" or "lvis".
+
+    Raises:
+        ConfigError: it is another one, or not one for TEST.PROTOCOL.
+    """
+    kind, protocol = MetadataCatalog.get(dataset).get("evaluator_type"), cfg.TEST.PROTOCOL
+    if kind not in ("coco", "lvis"):
+        raise ConfigError(
+            f"DATASETS.TEST has {dataset}, whose format {kind!r} cannot be evaluated; use one in "
+            "COCO or LVIS format"
+        )
+    if kind == "lvis" and protocol != "coco":
+        raise ConfigError(
+            f"DATASETS.TEST has {dataset}, which is in LVIS format, and TEST.PROTOCOL is "
+            f"{protocol!r}; leave that at 'coco' for LVIS's own evaluation"
+        )
+    return kind
+
+
 def build_evaluator(cfg: CfgNode, dataset: str, folder: str) -> DatasetEvaluator:
-    """The evaluator for a registered dataset, in COCO or LVIS format.
+    """The evaluator for a registered dataset: Detectron2's, or that of TEST.PROTOCOL.
 
     Args:
         folder: for its files, within OUTPUT_DIR.
 
     Raises:
-        ConfigError: it is in another format.
+        ConfigError: see ``evaluator_kind``.
     """
-    kind = MetadataCatalog.get(dataset).get("evaluator_type")
-    kinds = {"coco": COCOEvaluator, "lvis": LVISEvaluator}
-    if kind not in kinds:
-        raise ConfigError(
-            f"DATASETS.TEST has {dataset}, whose format {kind!r} cannot be evaluated; use one in "
-            "COCO or LVIS format"
-        )
+    kind = evaluator_kind(cfg, dataset)
     path, most = str(Path(cfg.OUTPUT_DIR, folder)), cfg.TEST.DETECTIONS_PER_IMAGE
-    return kinds[kind](dataset, output_dir=path, max_dets_per_image=most)
+    if cfg.TEST.PROTOCOL != "coco":
+        return ProtocolEvaluator(dataset, cfg.TEST.PROTOCOL, path)
+    evaluator = {"coco": COCOEvaluator, "lvis": LVISEvaluator}[kind]
+    return evaluator(dataset, output_dir=path, max_dets_per_image=most)

@@ -1,5 +1,27 @@
 """Metrics on result files in COCO format; no detector framework is imported here."""
 
-from dr2net_d2.evaluation.coco import evaluate_boxes
+from dr2net_d2.evaluation.boxes import (
+    EVALUATION_FILE,
+    Evaluation,
+    Matches,
+    evaluate_boxes,
+)
+from dr2net_d2.evaluation.protocols import (
+    PROTOCOLS,
+    Metric,
+    Protocol,
+    SizeBin,
+    choose_protocol,
+)
 
-__all__ = ["evaluate_boxes"]
+__all__ = [
+    "EVALUATION_FILE",
+    "PROTOCOLS",
+    "Evaluation",
+    "Matches",
+    "Metric",
+    "Protocol",
+    "SizeBin",
+    "choose_protocol",
+    "evaluate_boxes",
+]

@@ -10,6 +10,7 @@ from fvcore.common.config import CfgNode
 
 from dr2net_d2.config_keys import add_dr2net_config
 from dr2net_d2.errors import ConfigError
+from dr2net_d2.evaluation import choose_protocol
 
 logger = logging.getLogger(__name__)
 
@@ -287,6 +288,7 @@ def check_config(cfg: CfgNode) -> None:
             f"SOLVER.BASE_LR is {cfg.SOLVER.BASE_LR} and BASE_LR_END {cfg.SOLVER.BASE_LR_END}; "
             "they need 0 <= BASE_LR_END <= BASE_LR and BASE_LR > 0"
         )
+    choose_protocol(cfg.TEST.PROTOCOL, cfg.TEST.DETECTIONS_PER_IMAGE)
     _check_square(cfg)
 
 

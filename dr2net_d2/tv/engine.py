@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         args: ``config_file``, ``opts`` (KEY VALUE pairs), ``eval_only``, ``resume``, ``num_gpus``.
 
     Returns:
-        {"bbox": metrics of ``evaluate_boxes``}; empty without DATASETS.TEST.
+        {"bbox": metrics of TEST.PROTOCOL}; empty without DATASETS.TEST.
 
     Raises:
         UserError: the config, a dataset or the weights cannot be used; nothing has been written.

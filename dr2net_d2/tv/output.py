@@ -62,8 +62,9 @@ class MetricWriter:
         self._file = path.open("a")
         self._events = SummaryWriter(str(output_dir), purge_step=start)
 
-    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"iteration": iteration, **scalars}) + "\n")
+    def write(self, iteration: int, scalars: Mapping[str, float], **notes: str) -> None:
+        """A line of both; the notes, which say what the scalars are, stand in metrics.json only."""
+        self._file.write(json.dumps({"iteration": iteration, **notes, **scalars}) + "\n")
         self._file.flush()
         for name, value in scalars.items():
             self._events.add_scalar(name, value, iteration)

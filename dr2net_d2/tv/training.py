@@ -20,13 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dr2net_d2.checkpointer import StrictCheckpointer
-from dr2net_d2.config import amp_dtype, coefficient_schedule
+from dr2net_d2.config import amp_dtype, coefficient_schedule, evaluation_protocol
 from dr2net_d2.core.memory import peak_memory_bytes
 from dr2net_d2.core.replay import rng_state, set_rng_state
 from dr2net_d2.data import CocoRecord
 from dr2net_d2.errors import UserError, WeightsError, config_section
-from dr2net_d2.evaluation import evaluate_boxes
-from dr2net_d2.evaluation.coco import METRICS
+from dr2net_d2.evaluation import EVALUATION_FILE, evaluate_boxes
 from dr2net_d2.finetuning import GradientGuard, check_losses, divergence_at, update_coefficients
 from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.tv.dataset import Split, TestImages, TrainingStream, as_lists
@@ -192,13 +191,16 @@ class Training:
     ) -> dict[str, float]:
         metrics = evaluate(self.cfg, self.model, test, output_dir)
         self.model.train()
-        writer.write(iteration, {f"bbox/{name}": value for name, value in metrics.items()})
+        scalars = {f"bbox/{name}": value for name, value in metrics.items()}
+        writer.write(iteration, scalars, protocol=self.cfg.TEST.PROTOCOL)
         return metrics
 
 
 @torch.no_grad()
 def evaluate(cfg: CfgNode, model: nn.Module, test: Split, output_dir: Path) -> dict[str, float]:
-    """Detect on a test set, write inference/coco_instances_results.json, log and return metrics.
+    """Detect on a test set, log and return the metrics of TEST.PROTOCOL.
+
+    Writes inference/coco_instances_results.json and inference/evaluation.json.
 
     Leaves ``model`` in evaluation mode.
     """
@@ -220,12 +222,11 @@ def evaluate(cfg: CfgNode, model: nn.Module, test: Split, output_dir: Path) -> d
     file = output_dir / RESULTS_FILE
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(results))
-    metrics = evaluate_boxes(test.json_file, results, cfg.TEST.DETECTIONS_PER_IMAGE)
-    header, values = METRICS, (f"{metrics[name]:.3f}" for name in METRICS)
-    lines = (header, [":-----:"] * len(METRICS), values)
-    table = "\n".join("| " + " | ".join(f"{cell:^7}" for cell in line) + " |" for line in lines)
-    logger.info("Boxes on %s:\n%s", cfg.DATASETS.TEST[0], table)
-    return metrics
+    protocol = evaluation_protocol(cfg)
+    evaluation = evaluate_boxes(test.json_file, results, protocol)
+    evaluation.save(file.with_name(EVALUATION_FILE))
+    logger.info("Boxes on %s by %s\n%s", cfg.DATASETS.TEST[0], protocol.title, evaluation.table())
+    return evaluation.metrics
 
 
 def _loader(

@@ -8,15 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes, Instances
 
-from dr2net_d2.d2 import register_dataset, run
+from dr2net_d2.d2 import run
 from dr2net_d2.d2.hooks import CoefficientHook
-from dr2net_d2.d2.yaml_experiment import build_evaluator
 from dr2net_d2.data import register_coco_json, resolve_dataset
 from dr2net_d2.errors import ConfigError, DatasetError, UserError, WeightsError
-from dr2net_d2.evaluation import evaluate_boxes
-from tests.d2.tiny import arguments, launch_one, tiny_cfg
+from tests.d2.tiny import arguments, launch_one
 
 RESULTS = Path("output", "inference", "coco_instances_results.json")
 
@@ -76,47 +73,6 @@ def test_eval_only_repeats_the_last_evaluation(training, tmp_path):
     assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
     assert (tmp_path / "output" / "predictions.png").is_file()
     assert not (tmp_path / "output" / "curves.png").exists()
-
-
-def detections(row, generator):
-    """Each object found well, roughly and badly, sometimes mistaken; and 40 false alarms each."""
-    truth = torch.tensor([annotation["bbox"] for annotation in row["annotations"]])
-    truth[:, 2:] += truth[:, :2]
-    classes = torch.tensor([annotation["category_id"] for annotation in row["annotations"]])
-    boxes, labels, scores = [], [], []
-    for displacement, number in ((0.2, 1), (1.0, 1), (4.0, 1), (20.0, 40)):
-        count = len(truth) * number
-        noise = torch.randn(count, 4, generator=generator)
-        boxes.append(truth.repeat(number, 1) + displacement * noise)
-        mistaken = torch.rand(count, generator=generator) < 0.3
-        labels.append((classes.repeat(number) + mistaken) % 10)
-        scores.append(torch.rand(count, generator=generator))
-    found = Instances((row["height"], row["width"]))
-    found.pred_boxes = Boxes(torch.cat(boxes))
-    found.pred_classes = torch.cat(labels)
-    found.scores = torch.cat(scores)
-    return found
-
-
-def test_detectron2s_evaluation_counts_like_ours(tmp_path):
-    name = "small_digits_val_n4_s64_d3"
-    register_dataset(name)
-    json_file, _ = resolve_dataset(name)
-    results = []
-    for detections_per_image in (15, 300):
-        cfg = tiny_cfg(tmp_path, "TEST.DETECTIONS_PER_IMAGE", detections_per_image)
-        cfg.OUTPUT_DIR = str(tmp_path)
-        evaluator = build_evaluator(cfg, name, "inference")
-        evaluator.reset()
-        generator = torch.Generator().manual_seed(0)
-        for row in DatasetCatalog.get(name):
-            evaluator.process([row], [{"instances": detections(row, generator)}])
-        theirs = evaluator.evaluate()["bbox"]
-        written = json.loads((tmp_path / "inference" / RESULTS.name).read_text())
-        ours = evaluate_boxes(json_file, written, detections_per_image)
-        assert ours == pytest.approx(theirs, nan_ok=True)
-        results.append(ours)
-    assert 1 < results[0]["AP"] < results[1]["AP"] < results[1]["AP50"] < 100
 
 
 class _CutOff(Exception):

@@ -58,6 +58,7 @@ def test_what_is_ignored_is_logged(tiny_cfg, caplog):
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "TrainingSampler"),
         ("SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR", "WarmupCosineLR"),
         ("SOLVER.WARMUP_METHOD", "cubic", "linear"),
+        ("TEST.PROTOCOL", "voc", "visdrone"),
         ("SOLVER.WEIGHT_DECAY_BIAS", "0.1", "remove the key"),
         ("SOLVER.BASE_LR", "0.0", "BASE_LR > 0"),
         ("SOLVER.FSDP", "True", "False"),

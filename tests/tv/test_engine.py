@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dr2net_d2.errors import ConfigError, UserError, WeightsError
-from dr2net_d2.evaluation import evaluate_boxes
+from dr2net_d2.evaluation import PROTOCOLS, evaluate_boxes
 from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.tv import engine, training
 from dr2net_d2.tv.dataset import load_split
@@ -76,8 +76,26 @@ def test_reported_metrics_are_those_of_the_results_file(finished, dataset_cache)
     split = load_split("small_digits_val_n4_s64_d3")
     assert {row["category_id"] for row in results} <= set(split.content.category_ids)
     assert {row["image_id"] for row in results} == {r.image_id for r in split.content.records}
-    expected = evaluate_boxes(split.json_file, results, 100)
+    expected = evaluate_boxes(split.json_file, results).metrics
     assert metrics == {"bbox": pytest.approx(expected, nan_ok=True)}
+    saved = json.loads((folder / "inference" / "evaluation.json").read_text())
+    assert saved["protocol"] == "coco"
+    assert {row.get("protocol") for row in lines(folder / "metrics.json")} == {None, "coco"}
+
+
+def test_results_say_their_protocol(finished, arguments, tmp_path):
+    weights = ("MODEL.WEIGHTS", str(finished[0] / "model_final.pth"))
+    options = ("OUTPUT_DIR", str(tmp_path / "eval"), "TEST.PROTOCOL", "visdrone")
+    metrics = engine.run(arguments(*weights, *options, eval_only=True))["bbox"]
+    results = json.loads((tmp_path / "eval" / training.RESULTS_FILE).read_text())
+    json_file = load_split("small_digits_val_n4_s64_d3").json_file
+    expected = evaluate_boxes(json_file, results, PROTOCOLS["visdrone"]).metrics
+    assert metrics == pytest.approx(expected, nan_ok=True)
+    saved = json.loads((tmp_path / "eval" / "inference" / "evaluation.json").read_text())
+    assert saved["protocol"] == "visdrone"
+    log = (tmp_path / "eval" / "log.txt").read_text()
+    assert "by the protocol visdrone (VisDrone-DET toolkit: 500 detections" in log
+    assert "DETECTIONS_PER_IMAGE is 100, but the protocol visdrone counts up to 500" in log
 
 
 def test_a_resumed_training_ends_bit_for_bit_the_same(finished, arguments, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dr2net_d2.evaluation import evaluate_boxes
+from dr2net_d2.evaluation import choose_protocol, evaluate_boxes
 
 
 @pytest.fixture
@@ -37,6 +37,10 @@ def dataset(tmp_path):
     return write
 
 
+def coco_metrics(path, results, most=100):
+    return evaluate_boxes(path, results, choose_protocol("coco", most)).metrics
+
+
 def result(image, category, box, score):
     return {"image_id": image, "category_id": category, "bbox": box, "score": score}
 
@@ -49,7 +53,7 @@ def test_by_hand(dataset):
         result(1, 2, [100, 100, 10, 8], 0.7),  # IoU 0.8: found at thresholds up to 0.8
         result(1, 7, [200, 200, 50, 30], 0.9),  # IoU 0.6: found at 0.5, 0.55 and 0.6
     ]
-    metrics = evaluate_boxes(path, results, 100)
+    metrics = coco_metrics(path, results)
     # Precision 1 to recall 0.5 (51 of 101 points), then 2/3 where the third counts, else 0.
     with_third, without = (51 + 50 * 2 / 3) / 101, 51 / 101
     cat = (7 * with_third + 3 * without) / 10
@@ -76,7 +80,7 @@ def test_equals_pycocotools_summary(dataset):
         for box in boxes[:3] * 2
     ]
     path = dataset(truth)
-    metrics = evaluate_boxes(path, results, 100)
+    metrics = coco_metrics(path, results)
     document = json.loads(path.read_text())
     for row in document["annotations"]:
         row |= {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
@@ -97,13 +101,13 @@ def test_more_than_100_detections_count_if_asked(dataset):
     boxes = [[10 * (i % 20), 10 * (i // 20), 8, 8] for i in range(150)]
     path = dataset({(1, 2): boxes}, names=("cat",))
     results = [result(1, 2, box, 1 - i / 1000) for i, box in enumerate(boxes)]
-    assert evaluate_boxes(path, results, 150)["AP"] == pytest.approx(100)
-    assert evaluate_boxes(path, results, 100)["AP"] == pytest.approx(100 * 67 / 101)
-    assert "AP-cat" not in evaluate_boxes(path, results, 100)
+    assert coco_metrics(path, results, 150)["AP"] == pytest.approx(100)
+    assert coco_metrics(path, results)["AP"] == pytest.approx(100 * 67 / 101)
+    assert "AP-cat" not in coco_metrics(path, results)
 
 
 def test_nothing_found_is_nan_as_in_detectron2(dataset):
-    metrics = evaluate_boxes(dataset({(1, 2): [[0, 0, 10, 10]]}), [], 100)
+    metrics = coco_metrics(dataset({(1, 2): [[0, 0, 10, 10]]}), [])
     assert metrics.keys() == {"AP", "AP50", "AP75", "APs", "APm", "APl"}
     assert all(map(math.isnan, metrics.values()))
 
@@ -111,6 +115,6 @@ def test_nothing_found_is_nan_as_in_detectron2(dataset):
 def test_results_are_not_changed_and_nothing_is_printed(dataset, capsys):
     results = [result(1, 2, [0, 0, 10, 10], 0.9)]
     before = copy.deepcopy(results)
-    evaluate_boxes(dataset({(1, 2): [[0, 0, 10, 10]]}), results, 100)
+    coco_metrics(dataset({(1, 2): [[0, 0, 10, 10]]}), results)
     assert results == before
     assert capsys.readouterr().out == ""
