@@ -38,10 +38,11 @@ from dr2net_d2.config import (
     lean_parts,
 )
 from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights
-from dr2net_d2.d2.data import CheckedMapper
+from dr2net_d2.d2.data import CheckedMapper, tile_dicts
 from dr2net_d2.d2.inference import check_tta
 from dr2net_d2.d2.lean import build_detector
 from dr2net_d2.d2.sharding import shard
+from dr2net_d2.d2.slicing import check_tiles, sliced
 from dr2net_d2.d2.trainer import Results, Settings, Trainer
 from dr2net_d2.errors import ConfigError, config_section
 from dr2net_d2.optimizer import build_optimizer
@@ -72,6 +73,7 @@ class YamlExperiment:
         self.weights = cfg.MODEL.WEIGHTS
         lean_parts(cfg)
         torch_device(cfg.MODEL.DEVICE)
+        check_tiles(cfg)
         self._check_datasets(("TEST",) if args.eval_only else ("TRAIN", "TEST"))
         self.settings = self._settings()
         if not args.eval_only:
@@ -123,7 +125,24 @@ class YamlExperiment:
 
     def _count_images(self) -> int:
         filter_empty = self.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        return len(get_detection_dataset_dicts(self.cfg.DATASETS.TRAIN, filter_empty))
+        tiles = self._tile_dicts()
+        return len(tiles or get_detection_dataset_dicts(self.cfg.DATASETS.TRAIN, filter_empty))
+
+    def _tile_dicts(self) -> list[dict[str, Any]] | None:
+        """What is trained on, if that is tiles."""
+        cfg, tiles = self.cfg, self.cfg.INPUT.TILES
+        if not tiles.ENABLED:
+            return None
+        return tile_dicts(
+            cfg.DATASETS.TRAIN,
+            tiles.SIZE,
+            tiles.OVERLAP,
+            tiles.MIN_VISIBLE,
+            tiles.EMPTY_RATIO,
+            # Of a negative seed, too, all processes and resumed trainings must have the same.
+            seed=max(cfg.SEED, 0),
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        )
 
     def trainer(self) -> Trainer:
         """Reads the training images' annotations."""
@@ -134,7 +153,9 @@ class YamlExperiment:
         def train_loader() -> Any:
             # With a generator of its own the loader leaves the global one alone when it starts.
             seed = cfg.SEED if cfg.SEED >= 0 else None
-            return build_detection_train_loader(cfg, mapper=CheckedMapper(cfg, True), seed=seed)
+            return build_detection_train_loader(
+                cfg, mapper=CheckedMapper(cfg, True), dataset=self._tile_dicts(), seed=seed
+            )
 
         extra: list[HookBase] = []
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
@@ -164,6 +185,7 @@ class YamlExperiment:
 
     def _evaluate(self, model: nn.Module, folder: str) -> Results:
         results: Results = OrderedDict()
+        model = sliced(self.cfg, model)
         for name in self.cfg.DATASETS.TEST:
             loader = build_detection_test_loader(
                 self.cfg, name, mapper=CheckedMapper(self.cfg, False)
