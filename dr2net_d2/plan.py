@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -34,6 +35,7 @@ from dr2net_d2.planner import (
     Planner,
     largest_fitting,
     pairs_of_schedule,
+    training_side,
 )
 from dr2net_d2.reports import markdown_table, writable_folder, write_report
 
@@ -51,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--image-size",
         type=int,
         metavar="PX",
-        help="side of the square images; MODEL.VIT.IMG_SIZE unless given",
+        help="side of the square images; MODEL.VIT.IMG_SIZE, or of a resized tile, unless given",
     )
     parser.add_argument(
         "--batch-size", type=int, default=1, metavar="N", help="images on one GPU, default: 1"
@@ -114,12 +116,23 @@ def format_tables(results: dict[str, Any]) -> str:
     schedule = [["α", "β", "peak, GB"]]
     for row in results["schedule"]:
         schedule.append([f"{row['alpha']:.4g}", f"{row['beta']:.4g}", _gb(row["peak"])])
-    return (
+    return _of_tiles(setting, arms[-1]) + (
         f"Peak of an iteration, {side} x {side} px, batch {batch}, {setting['objects']} objects "
         f"an image, and its parts at that moment:\n{markdown_table(peaks)}\n\n"
         f"What fits {budget:g} GB:\n{markdown_table(fitting)}\n\n"
         f"dr2net over the schedule:\n{markdown_table(schedule)}\n\n"
         f"Assumed: {ASSUMED}.\nNot included: {NOT_INCLUDED}."
+    )
+
+
+def _of_tiles(setting: dict[str, Any], arm: dict[str, Any]) -> str:
+    """What the training input is, and whether whole images would do, if it is tiles."""
+    if setting["tile_size"] is None:
+        return ""
+    return (
+        f"INPUT.TILES cuts images into {setting['tile_size']} px tiles, which come into the network"
+        f" with {setting['image_size']} px. Of whole images, dr2net fits "
+        f"{_largest(arm['largest_side'], LONGEST_SIDE)} px into {setting['budget_gb']:g} GB.\n\n"
     )
 
 
@@ -137,11 +150,15 @@ def run(args: argparse.Namespace) -> None:
         from dr2net_d2.tv.config import check_config
 
         check_config(cfg)
-    side = cfg.MODEL.VIT.IMG_SIZE if args.image_size is None else args.image_size
+    side = args.image_size
+    if side is None:
+        side = training_side(cfg)
     batch, budget = args.batch_size, int(args.budget_gb * GB)
     rows: list[dict[str, Any]] = []
     for number, arm in enumerate(ARMS, 1):
         planner = Planner(cfg, arm, args.objects, engine)
+        if args.image_size is None:
+            side = math.ceil(side / planner.stride) * planner.stride
         if side < 1 or side % planner.stride:
             nearest = max(round(side / planner.stride), 1) * planner.stride
             raise ConfigError(
@@ -164,6 +181,7 @@ def run(args: argparse.Namespace) -> None:
             "overrides": args.opts,
             "engine": engine,
             "image_size": side,
+            "tile_size": cfg.INPUT.TILES.SIZE if cfg.INPUT.TILES.ENABLED else None,
             "batch_size": batch,
             "objects": args.objects,
             "budget_gb": args.budget_gb,

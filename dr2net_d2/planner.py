@@ -200,6 +200,20 @@ def pairs_of_schedule(cfg: CfgNode) -> list[tuple[float, float]]:
     return [(alpha, beta) for beta, alpha in largest.items()]
 
 
+def training_side(cfg: CfgNode) -> int:
+    """Side in px of the square images that a training goes through.
+
+    MODEL.VIT.IMG_SIZE; with INPUT.TILES what its tiles are at most resized or cropped to.
+    """
+    data = cfg.INPUT
+    if not data.TILES.ENABLED:
+        return cfg.MODEL.VIT.IMG_SIZE
+    if data.LSJ.ENABLED:
+        return data.LSJ.IMAGE_SIZE
+    shortest = max(data.MIN_SIZE_TRAIN)
+    return min(shortest, data.MAX_SIZE_TRAIN) if shortest else data.TILES.SIZE
+
+
 def costliest(cfg: CfgNode) -> tuple[float, float]:
     """The pair of the schedule that keeps the most bits for the inverse; the first such one."""
     steps = 2 * cfg.MODEL.VIT.DEPTH

@@ -22,18 +22,27 @@ class SlicedDetector(nn.Module):
     """A detector that goes over the tiles of its images; see ``dr2net_d2.slicing.Slicing``.
 
     Args:
-        model: gives boxes, scores and classes; masks are left out.
+        model: gives boxes, scores and classes.
         slicing: how.
-        augmentations: of each tile, and of the whole image; those of the mapper that it takes the
-            place of.
+        augmentations: of each tile, and of the whole image, in place of the mapper's.
 
     Shape: as ``model``'s, images (C, H, W) uint8 being those of the dataset, of full size.
+
+    Raises:
+        ConfigError: the model finds masks or keypoints, which are not merged.
     """
 
     def __init__(
         self, model: nn.Module, slicing: Slicing, augmentations: Sequence[Any] = ()
     ) -> None:
         super().__init__()
+        heads = getattr(model, "roi_heads", None)
+        for what in ("mask", "keypoint"):
+            if getattr(heads, f"{what}_on", False):
+                raise ConfigError(
+                    f"sliced inference merges boxes, and the detector finds {what}s as well; set "
+                    f"MODEL.{what.upper()}_ON False, or detect in whole images"
+                )
         self.model = model
         self.slicing = slicing
         self.augmentations = T.AugmentationList(augmentations)
@@ -70,7 +79,7 @@ def sliced(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """The detector of a config, as TEST.TILES says; it is ``model`` itself without tiles.
 
     Raises:
-        ConfigError: TEST.TILES cannot be used.
+        ConfigError: TEST.TILES cannot be used, or not with this detector.
     """
     slicing, sizes = build_slicing(cfg), cfg.INPUT
     if slicing is None:
@@ -95,8 +104,7 @@ def check_tiles(cfg: CfgNode) -> None:
                 f"is {cfg.DATALOADER.SAMPLER_TRAIN}"
             )
     if build_slicing(cfg):
-        keys = ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS", "TEST.AUG.ENABLED")
-        refused += [("TEST", key) for key in keys]
+        refused += [("TEST", key) for key in ("MODEL.LOAD_PROPOSALS", "TEST.AUG.ENABLED")]
     for split, key in refused:
         section, _, name = key.rpartition(".")
         node = cfg

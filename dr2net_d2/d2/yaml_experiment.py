@@ -82,6 +82,7 @@ class YamlExperiment:
         check_weights(args, self.weights, cfg.OUTPUT_DIR)
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
         self.model = build_detector(cfg)
+        sliced(cfg, self.model)  # refuses what cannot be sliced before anything is trained
         if cfg.TEST.AUG.ENABLED:
             check_tta(cfg, self.model)
         if not args.eval_only:

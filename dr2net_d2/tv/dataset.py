@@ -146,17 +146,15 @@ class TrainingStream(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         record = self.records[tile.image]
         original = self._pixels(record, tile)
         image = self._rescaled(original, rng)
-        scale = np.divide(image.shape[:0:-1], original.shape[:0:-1], dtype=np.float32)
+        scale = np.divide(image.shape[:0:-1], original.shape[:0:-1])
         # (n, 2 corners, xy)
-        corners = record.boxes[tile.objects].reshape(-1, 2, 2) - np.array(
-            tile.corners[:2], np.float32
-        )
-        corners = corners * scale
+        corners = record.boxes[tile.objects].reshape(-1, 2, 2)
+        corners = (corners - tile.corners[:2]) * scale
         if self.jitter:
             image, start = _random_crop(image, self.jitter.side, rng)
-            corners = corners - np.array(start, np.float32)
+            corners = corners - start
         height, width = image.shape[-2:]
-        corners = corners.clip(0, np.array((width, height), np.float32))
+        corners = corners.clip(0, (width, height)).astype(np.float32)
         if self.flip and rng.random() < 0.5:
             image = image.flip(-1)
             corners[..., 0] = width - corners[:, ::-1, 0]
