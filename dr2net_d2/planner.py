@@ -140,6 +140,11 @@ class Planner:
         self._set(coefficients)
         return self._run.iterate(image_size, batch_size, self.objects).peak
 
+    def flops(self, image_size: int, batch_size: int = 1) -> int:
+        """Floating-point operations of the products of one iteration, recomputation included."""
+        self._set(None)
+        return self._run.flops(image_size, batch_size, self.objects)
+
     @cached_property
     def _costliest(self) -> tuple[float, float]:
         return costliest(self._cfg)
