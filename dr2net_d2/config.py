@@ -17,6 +17,7 @@ from fvcore.common.config import CfgNode
 from dr2net_d2.config_keys import LEAN_PARTS, add_dr2net_config
 from dr2net_d2.core import CoefficientSchedule
 from dr2net_d2.core.schedule import BETA_GRID, snap_to_grid
+from dr2net_d2.data.tiling import Grid, TileChoice
 from dr2net_d2.errors import ConfigError, config_section
 from dr2net_d2.evaluation import Protocol, choose_protocol
 
@@ -210,6 +211,33 @@ def evaluation_protocol(cfg: CfgNode) -> Protocol:
             most,
         )
     return protocol
+
+
+def training_tiles(cfg: CfgNode) -> TileChoice | None:
+    """INPUT.TILES, None if it is not enabled.
+
+    Raises:
+        ConfigError: numbers that make no tiles.
+    """
+    tiles = cfg.INPUT.TILES
+    if not tiles.ENABLED:
+        return None
+    with config_section("INPUT.TILES"):
+        grid = Grid(tiles.SIZE, tiles.OVERLAP)
+        return TileChoice(grid, tiles.MIN_VISIBLE, tiles.EMPTY_RATIO)
+
+
+def check_jittering(lsj: CfgNode) -> None:
+    """Refuse an INPUT.LSJ without a side or a range of scales.
+
+    Raises:
+        ConfigError: names them.
+    """
+    if lsj.IMAGE_SIZE < 1 or not 0 < lsj.MIN_SCALE <= lsj.MAX_SCALE:
+        raise ConfigError(
+            f"INPUT.LSJ has IMAGE_SIZE {lsj.IMAGE_SIZE} and scales {lsj.MIN_SCALE} to "
+            f"{lsj.MAX_SCALE}; it needs a side of 1 px or more and 0 < MIN_SCALE <= MAX_SCALE"
+        )
 
 
 def merge_config(cfg: CfgNode, config_file: str | None, overrides: Sequence[str]) -> None:

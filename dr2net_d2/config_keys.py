@@ -89,6 +89,7 @@ def add_dr2net_config(cfg: CfgNode) -> None:
 
     _add_recipe_config(cfg)
     _add_evaluation(cfg)
+    _add_tiles(cfg)
 
 
 def _add_recipe_config(cfg: CfgNode) -> None:
@@ -127,6 +128,38 @@ def _add_recipe_config(cfg: CfgNode) -> None:
 
     # Keep the weights that were best in this result, such as "bbox/AP", in model_best.pth; "": no.
     cfg.TEST.BEST_CHECKPOINT = ""
+
+
+def _add_tiles(cfg: CfgNode) -> None:
+    node = type(cfg)
+
+    # Train on overlapping tiles of the images, which INPUT's other keys then resize, flip and crop.
+    cfg.INPUT.TILES = tiles = node()
+    tiles.ENABLED = False
+    # Side in px of the image, and overlap as a fraction of it.
+    tiles.SIZE = 640
+    tiles.OVERLAP = 0.25
+    # The fraction of an object's area from which a tile shows it; less of one is painted over with
+    # MODEL.PIXEL_MEAN, so that it is neither object nor background.
+    tiles.MIN_VISIBLE = 0.4
+    # At most so many tiles without an object for one with; they are drawn once.
+    tiles.EMPTY_RATIO = 0.1
+    # Paint boxes with iscrowd 1 and regions to be ignored over with MODEL.PIXEL_MEAN in training,
+    # where no object lies, so that what is unlabelled there is not learned as background.
+    cfg.INPUT.FILL_IGNORED = False
+
+    # Sliced inference: detect in overlapping tiles, each resized as INPUT.MIN_SIZE_TEST says.
+    cfg.TEST.TILES = tiles = node()
+    tiles.ENABLED = False
+    # Side in px of the image, and overlap as a fraction of it.
+    tiles.SIZE = 640
+    tiles.OVERLAP = 0.25
+    # Detect in the whole image as well, for objects larger than a tile.
+    tiles.WHOLE_IMAGE = True
+    # IoU from which two boxes of one class are one object.
+    tiles.MERGE_THRESH = 0.5
+    # Tiles that go through the detector at once.
+    tiles.BATCH_SIZE = 4
 
 
 def _add_swin(model: CfgNode) -> None:

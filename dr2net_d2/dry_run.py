@@ -15,6 +15,11 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from dr2net_d2.config import BACKBONE_SECTIONS
 from dr2net_d2.core import reversible_stacks
@@ -50,6 +55,18 @@ LASTING = PARTS[:3]
 CHUNKS = 2
 """Of attention, on each axis, that are gone through: further ones of the hundreds that large images
 have are the same again, and each costs time."""
+
+aten = torch.ops.aten
+
+# What a fake tensor takes for a GPU's fused attention, which torch's own table does not know.
+_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q, k, v
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 
 ENGINES = {"detectron2": "dr2net_d2.d2.planning", "torchvision": "dr2net_d2.tv.planning"}
 
@@ -135,9 +152,16 @@ class DryRun:
             self._loss(self._inputs(image_size, batch_size, objects))
         return saved.total
 
+    def flops(self, image_size: int, batch_size: int, objects: int) -> int:
+        """Floating-point operations of the products in forward and backward; 2 a multiply-add."""
+        counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+        with self._on_gpu(chunks=None), counter:
+            differentiate(self._loss(self._inputs(image_size, batch_size, objects)))
+        return counter.get_total_flops()
+
     @contextmanager
-    def _on_gpu(self) -> Iterator[None]:
-        with self._fake, self._sizes, CudaAutocast(), planned_for("cuda", CHUNKS):
+    def _on_gpu(self, chunks: int | None = CHUNKS) -> Iterator[None]:
+        with self._fake, self._sizes, CudaAutocast(), planned_for("cuda", chunks):
             yield
 
     def _inputs(self, image_size: int, batch_size: int, objects: int) -> list[Any]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -34,6 +35,7 @@ from dr2net_d2.planner import (
     Planner,
     largest_fitting,
     pairs_of_schedule,
+    training_side,
 )
 from dr2net_d2.reports import markdown_table, writable_folder, write_report
 
@@ -51,13 +53,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--image-size",
         type=int,
         metavar="PX",
-        help="side of the square images; MODEL.VIT.IMG_SIZE unless given",
+        help="side of the square images; MODEL.VIT.IMG_SIZE, or of a resized tile, unless given",
     )
     parser.add_argument(
         "--batch-size", type=int, default=1, metavar="N", help="images on one GPU, default: 1"
     )
     parser.add_argument(
         "--objects", type=int, default=20, metavar="N", help="in every image, default: 20"
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        metavar="N",
+        help="TFLOP/s that your GPU sustains: adds the arithmetic of an iteration and its seconds",
     )
     parser.add_argument(
         "--output", metavar="DIR", help="for plan.json and plan.png; OUTPUT_DIR unless given"
@@ -96,6 +104,13 @@ def plan_arm(planner: Planner, side: int, batch: int, budget: int) -> dict[str, 
     return dataclasses.asdict(prediction) | found
 
 
+def time_of_iteration(planner: Planner, side: int, batch: int, tflops: float) -> dict[str, Any]:
+    """Its "tflop" and the "seconds" that ``tflops`` TFLOP/s take for them."""
+    logger.info("%s: counting the arithmetic", planner.arm)
+    tflop = planner.flops(side, batch) / 1e12
+    return {"tflop": tflop, "seconds": tflop / tflops}
+
+
 def format_tables(results: dict[str, Any]) -> str:
     """What the peaks consist of, what fits, and the peak over the schedule, as Markdown."""
     setting, arms = results["setting"], results["arms"]
@@ -111,15 +126,38 @@ def format_tables(results: dict[str, Any]) -> str:
         (f"largest batch at {side} px", "largest_batch", LARGEST_BATCH),
     ):
         fitting.append([name, *(_largest(row[key], most) for row in arms)])
+    if setting["tflops"] is not None:
+        for name, key in (
+            ("TFLOP an iteration", "tflop"),
+            (f"s an iteration at {setting['tflops']:g} TFLOP/s", "seconds"),
+        ):
+            fitting.append([name, *(f"{row[key]:.3g}" for row in arms)])
     schedule = [["α", "β", "peak, GB"]]
     for row in results["schedule"]:
         schedule.append([f"{row['alpha']:.4g}", f"{row['beta']:.4g}", _gb(row["peak"])])
-    return (
+    return _of_tiles(setting, arms[-1]) + (
         f"Peak of an iteration, {side} x {side} px, batch {batch}, {setting['objects']} objects "
         f"an image, and its parts at that moment:\n{markdown_table(peaks)}\n\n"
-        f"What fits {budget:g} GB:\n{markdown_table(fitting)}\n\n"
+        f"What fits {budget:g} GB{_and_time(setting)}:\n{markdown_table(fitting)}\n\n"
         f"dr2net over the schedule:\n{markdown_table(schedule)}\n\n"
         f"Assumed: {ASSUMED}.\nNot included: {NOT_INCLUDED}."
+    )
+
+
+def _and_time(setting: dict[str, Any]) -> str:
+    if setting["tflops"] is None:
+        return ""
+    return ", and the time of an iteration's products, without memory traffic and data"
+
+
+def _of_tiles(setting: dict[str, Any], arm: dict[str, Any]) -> str:
+    """What the training input is, and whether whole images would do, if it is tiles."""
+    if setting["tile_size"] is None:
+        return ""
+    return (
+        f"INPUT.TILES cuts images into {setting['tile_size']} px tiles, which come into the network"
+        f" with {setting['image_size']} px. Of whole images, dr2net fits "
+        f"{_largest(arm['largest_side'], LONGEST_SIDE)} px into {setting['budget_gb']:g} GB.\n\n"
     )
 
 
@@ -131,17 +169,23 @@ def run(args: argparse.Namespace) -> None:
     """
     if not args.budget_gb > 0:
         raise ConfigError(f"--budget-gb is {args.budget_gb:g}; it must be above 0")
+    if args.tflops is not None and not args.tflops > 0:
+        raise ConfigError(f"--tflops is {args.tflops:g}; it must be above 0")
     engine = choose_engine(args.engine)
     cfg = load_config(args.config_file, args.opts, engine)
     if engine == "torchvision":
         from dr2net_d2.tv.config import check_config
 
         check_config(cfg)
-    side = cfg.MODEL.VIT.IMG_SIZE if args.image_size is None else args.image_size
+    side = args.image_size
+    if side is None:
+        side = training_side(cfg)
     batch, budget = args.batch_size, int(args.budget_gb * GB)
     rows: list[dict[str, Any]] = []
     for number, arm in enumerate(ARMS, 1):
         planner = Planner(cfg, arm, args.objects, engine)
+        if args.image_size is None:
+            side = math.ceil(side / planner.stride) * planner.stride
         if side < 1 or side % planner.stride:
             nearest = max(round(side / planner.stride), 1) * planner.stride
             raise ConfigError(
@@ -152,6 +196,8 @@ def run(args: argparse.Namespace) -> None:
             output = writable_folder(args.output or cfg.OUTPUT_DIR, "plan")
         logger.info("%s, %d of %d", arm, number, len(ARMS))
         rows.append(plan_arm(planner, side, batch, budget))
+        if args.tflops is not None:
+            rows[-1] |= time_of_iteration(planner, side, batch, args.tflops)
     schedule = []
     pairs = pairs_of_schedule(cfg)
     for number, (alpha, beta) in enumerate(pairs, 1):
@@ -164,9 +210,11 @@ def run(args: argparse.Namespace) -> None:
             "overrides": args.opts,
             "engine": engine,
             "image_size": side,
+            "tile_size": cfg.INPUT.TILES.SIZE if cfg.INPUT.TILES.ENABLED else None,
             "batch_size": batch,
             "objects": args.objects,
             "budget_gb": args.budget_gb,
+            "tflops": args.tflops,
             "torch": torch.__version__,
             "assumed": ASSUMED,
             "not_included": NOT_INCLUDED,

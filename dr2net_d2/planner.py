@@ -140,6 +140,11 @@ class Planner:
         self._set(coefficients)
         return self._run.iterate(image_size, batch_size, self.objects).peak
 
+    def flops(self, image_size: int, batch_size: int = 1) -> int:
+        """Floating-point operations of the products of one iteration, recomputation included."""
+        self._set(None)
+        return self._run.flops(image_size, batch_size, self.objects)
+
     @cached_property
     def _costliest(self) -> tuple[float, float]:
         return costliest(self._cfg)
@@ -198,6 +203,20 @@ def pairs_of_schedule(cfg: CfgNode) -> list[tuple[float, float]]:
     for alpha, beta in dict.fromkeys(schedule(i / length) for i in range(length)):
         largest[beta] = max(alpha, largest.get(beta, 0.0))
     return [(alpha, beta) for beta, alpha in largest.items()]
+
+
+def training_side(cfg: CfgNode) -> int:
+    """Side in px of the square images that a training goes through.
+
+    MODEL.VIT.IMG_SIZE; with INPUT.TILES what its tiles are at most resized or cropped to.
+    """
+    data = cfg.INPUT
+    if not data.TILES.ENABLED:
+        return cfg.MODEL.VIT.IMG_SIZE
+    if data.LSJ.ENABLED:
+        return data.LSJ.IMAGE_SIZE
+    shortest = max(data.MIN_SIZE_TRAIN)
+    return min(shortest, data.MAX_SIZE_TRAIN) if shortest else data.TILES.SIZE
 
 
 def costliest(cfg: CfgNode) -> tuple[float, float]:

@@ -134,6 +134,29 @@ def test_a_few_chunks_of_attention_stand_for_all(monkeypatch):
     assert peaks[0] == peaks[1]
 
 
+def test_arithmetic_by_hand():
+    """What a deeper ViT adds: 16 x 16 tokens, 96 wide; forward once or twice, backward twice."""
+    tokens, width = 16 * 16, 96
+    dense = 2 * tokens * 12 * width**2
+    attention = 2 * 2 * tokens**2 * width
+    positions = 2 * tokens * width * 2 * 16
+    for arm, forwards in (("stock", 1), ("stock + checkpoint", 2), ("dr2net", 2)):
+        words = [*("MODEL.VIT.WINDOW_BLOCK_INDEXES", "[]"), "MODEL.DR2NET.LEAN", "[]"]
+        shallow, deep = (
+            Planner(small(*words, "MODEL.VIT.DEPTH", depth), arm, engine="torchvision").flops(128)
+            for depth in ("2", "3")
+        )
+        ideal = (forwards + 2) * (dense + attention + positions)
+        if arm == "dr2net":
+            # The fused kernel's queries are wider by the 16 + 16 positions, of heads 32 wide, and
+            # its backward makes their products again.
+            assert ideal < deep - shallow < 2.2 * ideal
+        else:
+            # A checkpoint ends before the last product, whose result nobody needs again.
+            last = (forwards - 1) * 2 * tokens * 4 * width**2
+            assert deep - shallow == ideal - last
+
+
 def test_half_precision_halves_what_is_saved():
     single, half = (
         found("stock", words=["SOLVER.AMP.ENABLED", enabled]).saved for enabled in ("False", "True")
@@ -210,18 +233,21 @@ def test_the_command(monkeypatch, capsys):
     words = ["MODEL.DR2NET.SCHEDULE.UPDATES", "2"]
     parameters = sum(p.nbytes for p in build_model(small()).parameters())
     budget = (4 * parameters + 16 * 2**20) / 2**30
-    assert command(*words, options=["--image-size", "128", "--budget-gb", str(budget)]) == 0
+    options = ["--image-size", "128", "--budget-gb", str(budget), "--tflops", "0.5"]
+    assert command(*words, options=options) == 0
     assert sorted(path.name for path in Path("out").iterdir()) == ["plan.json", "plan.png"]
     results = json.loads(Path("out/plan.json").read_text())
     stock, dr2net = results["arms"]
     assert (stock["arm"], dr2net["arm"]) == plan.ARMS
     planner = Planner(small(), "stock", engine="torchvision")
+    assert stock["tflop"] * 1e12 == planner.flops(128) and stock["seconds"] == 2 * stock["tflop"]
     side = stock["largest_side"]
     assert planner.peak(side) <= budget * 2**30 < planner.peak(side + 64)
     assert side <= dr2net["largest_side"] and stock["largest_batch"] <= dr2net["largest_batch"]
     assert max(row["peak"] for row in results["schedule"]) == dr2net["peak"]
     out = capsys.readouterr().out
-    assert f"{budget:g} GB" in out and "Not included: the CUDA context" in out
+    assert f"{budget:g} GB, and the time" in out and "at 0.5 TFLOP/s" in out
+    assert "Not included: the CUDA context" in out
     assert cv2.imread("out/plan.png").shape[1] > 1400
 
 
@@ -234,6 +260,7 @@ def test_the_command(monkeypatch, capsys):
         (["--objects", "0"], [], ["objects", "0", "at least 1"]),
         (["--budget-gb", "-1"], [], ["--budget-gb", "-1", "above 0"]),
         (["--budget-gb", "nan"], [], ["--budget-gb", "nan"]),
+        (["--tflops", "0"], [], ["--tflops", "0", "above 0"]),
         (["--output", "taken/out"], [], ["taken/out", "--output"]),
         ([], ["MODEL.VIT.NUM_HEADS", "5"], ["MODEL.VIT", "num_heads 5"]),
         ([], ["MODEL.NONE", "1"], ["MODEL.NONE"]),

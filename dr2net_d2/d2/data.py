@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+import numpy as np
+from detectron2.config import configurable
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    get_detection_dataset_dicts,
+)
 from detectron2.data import transforms as T
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.datasets import load_coco_json
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data.detection_utils import SizeMismatchError, get_bbox
 from fvcore.common.config import CfgNode
 from torch.utils.data import Sampler
 
+from dr2net_d2.config import check_jittering
 from dr2net_d2.data import load_coco, resolve_dataset
+from dr2net_d2.data.tiling import Grid, ImageBoxes, TileChoice, choose_tiles, paint_over
 from dr2net_d2.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
@@ -78,30 +88,153 @@ def _check_lvis(name: str) -> None:
 class CheckedMapper(DatasetMapper):
     """Detectron2's mapper; an image that cannot be read is a DatasetError with its name.
 
-    Built from a config it knows INPUT.LSJ as well.
+    It cuts out the tile of a dict from ``tile_dicts`` before anything else. Built from a config it
+    knows INPUT.LSJ as well, and leaves resizing to the detector where TEST.TILES is enabled.
+
+    Args:
+        is_train: see ``DatasetMapper``.
+        pixel_mean: the colour to paint with, in the order of ``image_format``.
+        fill_ignored: paint crowds and the dict's "ignore_regions", XYXY, in training.
+        **arguments: of ``DatasetMapper``.
     """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        pixel_mean: Sequence[float] = (103.53, 116.28, 123.675),
+        fill_ignored: bool = False,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(is_train, **arguments)
+        self.colour = np.rint(pixel_mean)
+        self.fill_ignored = fill_ignored
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         arguments: dict[str, Any] = super().from_config(cfg, is_train)
+        arguments["pixel_mean"] = cfg.MODEL.PIXEL_MEAN
+        arguments["fill_ignored"] = cfg.INPUT.FILL_IGNORED
+        if not is_train and cfg.TEST.TILES.ENABLED:
+            arguments["augmentations"] = []
         if is_train and cfg.INPUT.LSJ.ENABLED:
             if cfg.INPUT.CROP.ENABLED:
                 raise ConfigError("INPUT.LSJ and INPUT.CROP are both enabled; turn off one")
             _, *flip = arguments["augmentations"]
             arguments["augmentations"] = [*flip, *large_scale_jittering(cfg.INPUT.LSJ)]
+        if is_train and (cfg.INPUT.LSJ.ENABLED or cfg.INPUT.TILES.ENABLED):
             # A crop moves the edges of the objects that it cuts; only masks tell where to.
             arguments["recompute_boxes"] = cfg.MODEL.MASK_ON
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        mapper = copy.copy(self)
+        mapper.augmentations = T.AugmentationList(
+            [*self._before_augmentation(dataset_dict), *self.augmentations.augs]
+        )
         try:
-            mapped: dict[str, Any] = super().__call__(dataset_dict)
+            mapped: dict[str, Any] = DatasetMapper.__call__(mapper, dataset_dict)
         except (OSError, SizeMismatchError) as error:
             raise DatasetError(
                 f"image {dataset_dict['file_name']} cannot be used "
                 f"({' '.join(str(error).split())}); restore the file or correct the JSON"
             ) from error
+        if "tile" in mapped:
+            x0, y0, x1, y1 = mapped["tile"]
+            mapped.update(width=x1 - x0, height=y1 - y0)
         return mapped
+
+    def _before_augmentation(self, dataset_dict: dict[str, Any]) -> list[T.Transform]:
+        """Cut out the tile, then paint."""
+        transforms: list[T.Transform] = []
+        x0, y0, x1, y1 = dataset_dict.get("tile", (0, 0, 0, 0))
+        if "tile" in dataset_dict:
+            transforms.append(T.CropTransform(x0, y0, x1 - x0, y1 - y0))
+        if self.is_train:
+            annotations = dataset_dict.get("annotations", ())
+            regions = [*dataset_dict.get("cut", ())]
+            if self.fill_ignored:
+                regions += dataset_dict.get("ignore_regions", ())
+                regions += [get_bbox(row) for row in annotations if row.get("iscrowd", 0)]
+            objects = [get_bbox(row) for row in annotations if not row.get("iscrowd", 0)]
+            if regions:
+                start = np.array([x0, y0, x0, y0])
+                own = _boxes(objects) - start
+                transforms.append(PaintTransform(_boxes(regions) - start, own, self.colour))
+        return transforms
+
+
+class PaintTransform(T.NoOpTransform):
+    """``dr2net_d2.data.tiling.paint_over`` of the image; masks and boxes stay."""
+
+    def __init__(self, regions: np.ndarray, objects: np.ndarray, colour: np.ndarray) -> None:
+        super().__init__()
+        self._arguments = (regions, objects, colour)
+
+    def apply_image(self, image: np.ndarray) -> np.ndarray:
+        return paint_over(image, *self._arguments)
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        return segmentation
+
+
+def tile_dicts(
+    names: str | Sequence[str],
+    size: int,
+    overlap: float = 0.25,
+    min_visible: float = 0.4,
+    empty_ratio: float = 0.1,
+    seed: int = 0,
+    filter_empty: bool = True,
+) -> list[dict[str, Any]]:
+    """Detectron2's dataset dicts, one for each tile to train on; see the keys of INPUT.TILES.
+
+    Args:
+        names: of registered datasets.
+        size, overlap, min_visible, empty_ratio: INPUT.TILES.
+        seed: of the draw among tiles without an object; the same in all processes.
+        filter_empty: leave out images without objects altogether.
+
+    Returns:
+        Dicts of ``CheckedMapper``: "tile" is XYXY, "annotations" are those that it shows and
+        crowds, in px of the image; "cut" are the boxes of objects of which it shows too little.
+
+    Raises:
+        ValueError: numbers that make no tiles.
+        DatasetError: an image without width and height.
+    """
+    choice = TileChoice(Grid(size, overlap), min_visible, empty_ratio)
+    images = get_detection_dataset_dicts(names, filter_empty)
+    rows = [image.get("annotations", ()) for image in images]
+    boxes = [_boxes([get_bbox(row) for row in of_image]) for of_image in rows]
+    crowds = [np.array([row.get("iscrowd", 0) for row in r], dtype=bool) for r in rows]
+    parts = zip(map(_size, images), boxes, crowds, strict=True)
+    tiles = choose_tiles((ImageBoxes(*size, *both) for size, *both in parts), choice, seed)
+    return [
+        {
+            **images[tile.image],
+            "tile": tile.corners,
+            "annotations": [
+                rows[tile.image][i] for i in (*tile.objects, *crowds[tile.image].nonzero()[0])
+            ],
+            "cut": boxes[tile.image][tile.cut].tolist(),
+        }
+        for tile in tiles
+    ]
+
+
+def _boxes(rows: Sequence[Any]) -> np.ndarray:
+    return np.array(rows, dtype=np.float64).reshape(-1, 4)
+
+
+def _size(image: dict[str, Any]) -> tuple[int, int]:
+    try:
+        return image["height"], image["width"]
+    except KeyError as error:
+        raise DatasetError(
+            f"image {image['file_name']} has no {error} in its dataset; INPUT.TILES needs it"
+        ) from None
 
 
 def large_scale_jittering(lsj: CfgNode) -> list[T.Augmentation]:
@@ -110,13 +243,10 @@ def large_scale_jittering(lsj: CfgNode) -> list[T.Augmentation]:
     Raises:
         ConfigError: no side or no range of scales.
     """
-    side, scales = lsj.IMAGE_SIZE, (lsj.MIN_SCALE, lsj.MAX_SCALE)
-    if side < 1 or not 0 < scales[0] <= scales[1]:
-        raise ConfigError(
-            f"INPUT.LSJ has IMAGE_SIZE {side} and scales {scales[0]} to {scales[1]}; it needs a "
-            "side of 1 px or more and 0 < MIN_SCALE <= MAX_SCALE"
-        )
-    return [T.ResizeScale(*scales, side, side), T.FixedSizeCrop((side, side), pad=False)]
+    check_jittering(lsj)
+    side = lsj.IMAGE_SIZE
+    resize = T.ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, side, side)
+    return [resize, T.FixedSizeCrop((side, side), pad=False)]
 
 
 def skip_batches(loader: Any, count: int) -> None:

@@ -19,6 +19,7 @@ from dr2net_d2.d2.backbone import StockPyramid
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import register_dataset
 from dr2net_d2.d2.lean import build_detector
+from dr2net_d2.d2.slicing import check_tiles, sliced
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.inference import Detections, category_names, load_weights
 
@@ -35,15 +36,20 @@ def load_detector(cfg: CfgNode) -> nn.Module:
 class Predictor(DefaultPredictor):
     """``DefaultPredictor`` that knows its categories, and loads all of its weights or refuses.
 
+    It goes over tiles where TEST.TILES is enabled.
+
     Raises:
         UserError: see ``load_detector``.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg.clone()
-        self.model = load_detector(self.cfg)
+        check_tiles(cfg)
+        self.model = sliced(cfg, load_detector(self.cfg))
         sizes = cfg.INPUT
-        self.aug = ResizeShortestEdge([sizes.MIN_SIZE_TEST] * 2, sizes.MAX_SIZE_TEST)
+        # Tiles are resized one by one; 0 keeps an image as it is.
+        shortest = 0 if cfg.TEST.TILES.ENABLED else sizes.MIN_SIZE_TEST
+        self.aug = ResizeShortestEdge([shortest] * 2, sizes.MAX_SIZE_TEST)
         self.input_format = sizes.FORMAT
         self.class_names = category_names(cfg, cfg.MODEL[head_section(cfg)].NUM_CLASSES, _names)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights
 from dr2net_d2.d2.inference import without_cropping
 from dr2net_d2.d2.lean import make_lean
 from dr2net_d2.d2.sharding import shard
+from dr2net_d2.d2.slicing import SlicedDetector
 from dr2net_d2.d2.trainer import Results, Settings, Trainer
 from dr2net_d2.errors import ConfigError, UserError
 
@@ -54,7 +56,7 @@ class LazyExperiment:
     It reads the fields of Detectron2's tools/lazyconfig_train_net.py, so its own configs run. Ours
     may have besides, with their defaults elsewhere: train.seed, train.amp.dtype,
     train.accumulation_steps, train.ema_decay, train.fsdp, train.best_metric,
-    train.expected_results, and dr2net.{schedule, lean, allow_partial}.
+    train.expected_results, and dr2net.{schedule, lean, allow_partial, slicing}.
 
     Args:
         args: of ``engine.run``.
@@ -85,6 +87,8 @@ class LazyExperiment:
             self.model = without_cropping(instantiate(cfg.model)).to(self._train.device)
             if reversible_stacks(self.model):
                 make_lean(self.model, self._own.get("lean", LEAN_PARTS))
+        self._test_loader, self._sliced = self._evaluation()
+        self._sliced(self.model)  # refuses what cannot be sliced before anything is trained
         if not args.eval_only:
             if self._train.get("fsdp", False):
                 with lazily("train.fsdp"):
@@ -151,14 +155,28 @@ class LazyExperiment:
             self.settings,
         )
 
+    def _evaluation(self) -> tuple[DictConfig, Callable[[nn.Module], nn.Module]]:
+        """The test loader, lazily, and what a model becomes for it: dr2net.slicing goes over tiles.
+
+        The augmentations of the loader's mapper are then those of the tiles.
+        """
+        loader = copy.deepcopy(self.cfg.dataloader.test)
+        if "slicing" not in self._own:
+            return loader, lambda model: model
+        with lazily("dr2net.slicing"):
+            slicing = instantiate(self._own.slicing)
+            augmentations = instantiate(loader.mapper.augmentations)
+            loader.mapper.augmentations = []
+        return loader, lambda model: SlicedDetector(model, slicing, augmentations)
+
     def evaluate(self, model: nn.Module, final: bool) -> Results:
         """Detectron2's results; empty without an evaluator. The final ones are as all others."""
         if "evaluator" not in self.cfg.dataloader:
             return {}
         with lazily("dataloader"):
-            loader = instantiate(self.cfg.dataloader.test)
+            loader = instantiate(self._test_loader)
             evaluator = instantiate(self.cfg.dataloader.evaluator)
-        results: Results = inference_on_dataset(model, loader, evaluator)
+        results: Results = inference_on_dataset(self._sliced(model), loader, evaluator)
         if comm.is_main_process():
             print_csv_format(results)
         return results

@@ -39,11 +39,12 @@ from dr2net_d2.config import (
     lean_parts,
 )
 from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights
-from dr2net_d2.d2.data import CheckedMapper
+from dr2net_d2.d2.data import CheckedMapper, tile_dicts
 from dr2net_d2.d2.evaluation import ProtocolEvaluator
 from dr2net_d2.d2.inference import check_tta
 from dr2net_d2.d2.lean import build_detector
 from dr2net_d2.d2.sharding import shard
+from dr2net_d2.d2.slicing import check_tiles, sliced
 from dr2net_d2.d2.trainer import Results, Settings, Trainer
 from dr2net_d2.errors import ConfigError, config_section
 from dr2net_d2.evaluation import choose_protocol
@@ -75,6 +76,7 @@ class YamlExperiment:
         self.weights = cfg.MODEL.WEIGHTS
         lean_parts(cfg)
         torch_device(cfg.MODEL.DEVICE)
+        check_tiles(cfg)
         self._check_datasets(("TEST",) if args.eval_only else ("TRAIN", "TEST"))
         if cfg.DATASETS.TEST:
             self._check_evaluation()
@@ -85,6 +87,7 @@ class YamlExperiment:
         check_weights(args, self.weights, cfg.OUTPUT_DIR)
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
         self.model = build_detector(cfg)
+        sliced(cfg, self.model)  # refuses what cannot be sliced before anything is trained
         if cfg.TEST.AUG.ENABLED:
             check_tta(cfg, self.model)
         if not args.eval_only:
@@ -133,7 +136,24 @@ class YamlExperiment:
 
     def _count_images(self) -> int:
         filter_empty = self.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        return len(get_detection_dataset_dicts(self.cfg.DATASETS.TRAIN, filter_empty))
+        tiles = self._tile_dicts()
+        return len(tiles or get_detection_dataset_dicts(self.cfg.DATASETS.TRAIN, filter_empty))
+
+    def _tile_dicts(self) -> list[dict[str, Any]] | None:
+        """What is trained on, if that is tiles."""
+        cfg, tiles = self.cfg, self.cfg.INPUT.TILES
+        if not tiles.ENABLED:
+            return None
+        return tile_dicts(
+            cfg.DATASETS.TRAIN,
+            tiles.SIZE,
+            tiles.OVERLAP,
+            tiles.MIN_VISIBLE,
+            tiles.EMPTY_RATIO,
+            # Of a negative seed, too, all processes and resumed trainings must have the same.
+            seed=max(cfg.SEED, 0),
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        )
 
     def trainer(self) -> Trainer:
         """Reads the training images' annotations."""
@@ -144,7 +164,9 @@ class YamlExperiment:
         def train_loader() -> Any:
             # With a generator of its own the loader leaves the global one alone when it starts.
             seed = cfg.SEED if cfg.SEED >= 0 else None
-            return build_detection_train_loader(cfg, mapper=CheckedMapper(cfg, True), seed=seed)
+            return build_detection_train_loader(
+                cfg, mapper=CheckedMapper(cfg, True), dataset=self._tile_dicts(), seed=seed
+            )
 
         extra: list[HookBase] = []
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
@@ -175,6 +197,7 @@ class YamlExperiment:
     def _evaluate(self, model: nn.Module, folder: str) -> Results:
         results: Results = OrderedDict()
         protocol = evaluation_protocol(self.cfg)
+        model = sliced(self.cfg, model)
         for name in self.cfg.DATASETS.TEST:
             loader = build_detection_test_loader(
                 self.cfg, name, mapper=CheckedMapper(self.cfg, False)

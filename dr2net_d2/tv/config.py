@@ -8,9 +8,11 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from dr2net_d2.config import check_jittering, training_tiles
 from dr2net_d2.config_keys import add_dr2net_config
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.evaluation import choose_protocol
+from dr2net_d2.slicing import build_slicing
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +201,6 @@ _CHOICES = {
     "MODEL.ROI_BOX_HEAD.NORM": ("", "LN"),
     "INPUT.FORMAT": ("BGR", "RGB"),
     "INPUT.RANDOM_FLIP": ("horizontal", "none"),
-    "INPUT.LSJ.ENABLED": (False,),
     "MODEL.VIT.TOP_BLOCK": ("LastLevelMaxPool",),
     "SOLVER.ACCUMULATION_STEPS": (1,),
     "SOLVER.EMA_DECAY": (0.0,),
@@ -289,6 +290,10 @@ def check_config(cfg: CfgNode) -> None:
             "they need 0 <= BASE_LR_END <= BASE_LR and BASE_LR > 0"
         )
     choose_protocol(cfg.TEST.PROTOCOL, cfg.TEST.DETECTIONS_PER_IMAGE)
+    if cfg.INPUT.LSJ.ENABLED:
+        check_jittering(cfg.INPUT.LSJ)
+    training_tiles(cfg)
+    build_slicing(cfg)
     _check_square(cfg)
 
 

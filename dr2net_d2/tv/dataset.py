@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dr2net_d2.data import CocoDataset, CocoRecord, load_coco, read_image, resolve_dataset
+from dr2net_d2.data.tiling import ImageBoxes, Tile, TileChoice, choose_tiles, paint_over
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,11 @@ def resize_shortest_side(image: Tensor, shortest: int, longest: int) -> Tensor:
         return image
     scale = min(shortest / min(height, width), longest / max(height, width))
     size = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
-    if size == (height, width):
+    return _resize(image, size)
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    if size == tuple(image.shape[-2:]):
         return image
     return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
 
@@ -72,10 +77,19 @@ def load_image(record: CocoRecord, channel_order: str) -> Tensor:
     return as_tensor(read_image(record), channel_order)
 
 
+@dataclass(frozen=True)
+class Jitter:
+    """INPUT.LSJ: the square that a rescaled image is cropped to, and the range of the scale."""
+
+    side: int
+    min_scale: float
+    max_scale: float
+
+
 class TrainingStream(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """An endless shuffled stream of augmented training images, addressed by position.
 
-    Each pass over the records is a new permutation. What stands at a position depends on the seed
+    Each pass over the images is a new permutation. What stands at a position depends on the seed
     and the position alone, so a resumed training continues the stream, with any number of workers.
 
     Args:
@@ -83,6 +97,10 @@ class TrainingStream(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         shortest_sides, longest_side: of ``resize_shortest_side``; one of the first is drawn.
         flip: mirror every other image, at random.
         channel_order: "BGR" or "RGB".
+        tiles: the parts of the records to train on; all of them as they are unless given.
+        jitter: rescale and crop, in place of ``shortest_sides``.
+        pixel_mean: what objects that a tile cuts are painted with.
+        fill_ignored: paint crowds and regions to be ignored, too.
 
     Item: image (3, H, W) uint8; {"boxes": (n, 4) float32 XYXY in px, "labels": (n,) int64 from 1,
     as torchvision wants them, 0 being background}.
@@ -96,6 +114,11 @@ class TrainingStream(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         flip: bool,
         channel_order: str,
         seed: int,
+        *,
+        tiles: Sequence[Tile] | None = None,
+        jitter: Jitter | None = None,
+        pixel_mean: Sequence[float] = (0, 0, 0),
+        fill_ignored: bool = False,
     ) -> None:
         self.records = records
         self.shortest_sides = shortest_sides
@@ -103,38 +126,90 @@ class TrainingStream(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.flip = flip
         self.channel_order = channel_order
         self.seed = seed
+        self.tiles = [_whole(*pair) for pair in enumerate(records)] if tiles is None else tiles
+        self.jitter = jitter
+        self.colour = np.rint(pixel_mean)
+        self.fill_ignored = fill_ignored
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> tuple[Tensor, dict[str, Tensor]]:
-        epoch, offset = divmod(position, len(self.records))
+        epoch, offset = divmod(position, len(self.tiles))
         if epoch != self._epoch:
             # The 1 keeps it apart from the generators of positions.
-            self._order = np.random.default_rng((self.seed, epoch, 1)).permutation(
-                len(self.records)
-            )
+            self._order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.tiles))
             self._epoch = epoch
         rng = np.random.default_rng((self.seed, position))
-        return self._augment(self.records[self._order[offset]], rng)
+        return self._augment(self.tiles[self._order[offset]], rng)
 
-    def _augment(
-        self, record: CocoRecord, rng: np.random.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        image = load_image(record, self.channel_order)
-        image = resize_shortest_side(image, int(rng.choice(self.shortest_sides)), self.longest_side)
-        height, width = image.shape[-2:]
-        scale = np.array([width / record.width, height / record.height], dtype=np.float32)
+    def _augment(self, tile: Tile, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        record = self.records[tile.image]
+        original = self._pixels(record, tile)
+        image = self._rescaled(original, rng)
+        scale = np.divide(image.shape[:0:-1], original.shape[:0:-1])
         # (n, 2 corners, xy)
-        corners = (record.boxes.reshape(-1, 2, 2) * scale).clip(0, (width, height))
+        corners = record.boxes[tile.objects].reshape(-1, 2, 2)
+        corners = (corners - tile.corners[:2]) * scale
+        if self.jitter:
+            image, start = _random_crop(image, self.jitter.side, rng)
+            corners = corners - start
+        height, width = image.shape[-2:]
+        corners = corners.clip(0, (width, height)).astype(np.float32)
         if self.flip and rng.random() < 0.5:
             image = image.flip(-1)
             corners[..., 0] = width - corners[:, ::-1, 0]
-        kept = (corners[:, 1] > corners[:, 0]).all(axis=1) & ~record.iscrowd
+        kept = (corners[:, 1] > corners[:, 0]).all(axis=1)
         target = {
-            "boxes": torch.from_numpy(corners.reshape(-1, 4)[kept].astype(np.float32)),
-            "labels": torch.from_numpy(record.labels[kept]) + 1,
+            "boxes": torch.from_numpy(corners.reshape(-1, 4)[kept]),
+            "labels": torch.from_numpy(record.labels[tile.objects][kept]) + 1,
         }
         return image, target
+
+    def _pixels(self, record: CocoRecord, tile: Tile) -> Tensor:
+        """(3, H, W) uint8 of the tile, painted."""
+        x0, y0, x1, y1 = tile.corners
+        image = load_image(record, self.channel_order)[:, y0:y1, x0:x1]
+        regions = record.boxes[tile.cut]
+        if self.fill_ignored:
+            ignored = record.ignore_regions
+            regions = np.concatenate([regions, record.boxes[record.iscrowd], ignored])
+        objects = record.boxes[tile.objects]
+        start = np.array([x0, y0, x0, y0])
+        pixels = image.permute(1, 2, 0).numpy()
+        painted = paint_over(pixels, regions - start, objects - start, self.colour)
+        return torch.from_numpy(painted).permute(2, 0, 1).contiguous()
+
+    def _rescaled(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        if self.jitter is None:
+            side = int(rng.choice(self.shortest_sides))
+            return resize_shortest_side(image, side, self.longest_side)
+        scale = rng.uniform(self.jitter.min_scale, self.jitter.max_scale)
+        scale *= self.jitter.side / max(image.shape[1:])
+        height, width = (max(1, round(length * scale)) for length in image.shape[1:])
+        return _resize(image, (height, width))
+
+
+def _whole(index: int, record: CocoRecord) -> Tile:
+    corners = (0, 0, record.width, record.height)
+    return Tile(index, corners, (~record.iscrowd).nonzero()[0], np.empty(0, dtype=np.int64))
+
+
+def _random_crop(
+    image: Tensor, side: int, rng: np.random.Generator
+) -> tuple[Tensor, tuple[int, int]]:
+    """At most ``side`` px of both sides, and (x, y) of where that starts."""
+    top, left = (int(rng.integers(max(length - side, 0) + 1)) for length in image.shape[1:])
+    return image[:, top : top + side, left : left + side], (left, top)
+
+
+def choose_training_tiles(
+    records: Sequence[CocoRecord], choice: TileChoice, seed: int
+) -> list[Tile]:
+    """The tiles of all records to train on, as INPUT.TILES says."""
+    images = (
+        ImageBoxes(record.height, record.width, record.boxes, record.iscrowd) for record in records
+    )
+    return choose_tiles(images, choice, seed)
 
 
 class TestImages(Dataset[tuple[Tensor, int]]):

@@ -20,7 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dr2net_d2.checkpointer import StrictCheckpointer
-from dr2net_d2.config import amp_dtype, coefficient_schedule, evaluation_protocol
+from dr2net_d2.config import (
+    amp_dtype,
+    coefficient_schedule,
+    evaluation_protocol,
+    training_tiles,
+)
 from dr2net_d2.core.memory import peak_memory_bytes
 from dr2net_d2.core.replay import rng_state, set_rng_state
 from dr2net_d2.data import CocoRecord
@@ -28,7 +33,16 @@ from dr2net_d2.errors import UserError, WeightsError, config_section
 from dr2net_d2.evaluation import EVALUATION_FILE, evaluate_boxes
 from dr2net_d2.finetuning import GradientGuard, check_losses, divergence_at, update_coefficients
 from dr2net_d2.optimizer import build_optimizer
-from dr2net_d2.tv.dataset import Split, TestImages, TrainingStream, as_lists
+from dr2net_d2.slicing import build_slicing
+from dr2net_d2.tv.dataset import (
+    Jitter,
+    Split,
+    TestImages,
+    TrainingStream,
+    as_lists,
+    choose_training_tiles,
+)
+from dr2net_d2.tv.inference import detect
 from dr2net_d2.tv.lr_schedule import lr_multiplier
 from dr2net_d2.tv.output import MetricWriter
 
@@ -65,10 +79,14 @@ class Training:
         self.cfg = cfg
         self.model = model
         self.records = records
+        choice = training_tiles(cfg)
+        # Drawn by the config's seed, or 0: a resumed training must have the same tiles.
+        seed_of_tiles = max(cfg.SEED, 0)
+        self.tiles = choose_training_tiles(records, choice, seed_of_tiles) if choice else None
         self.seed = seed
         self.device = next(model.parameters()).device
         self.schedule: Callable[[float], tuple[float, float]] = coefficient_schedule(
-            cfg, lambda: len(records)
+            cfg, lambda: len(self.tiles or records)
         )
         self.multiplier = lr_multiplier(cfg)
         with config_section("SOLVER"):
@@ -154,8 +172,19 @@ class Training:
 
     def _batches(self) -> DataLoader[Any]:
         data, flip = self.cfg.INPUT, self.cfg.INPUT.RANDOM_FLIP == "horizontal"
+        lsj = data.LSJ
+        jitter = Jitter(lsj.IMAGE_SIZE, lsj.MIN_SCALE, lsj.MAX_SCALE) if lsj.ENABLED else None
         stream = TrainingStream(
-            self.records, data.MIN_SIZE_TRAIN, data.MAX_SIZE_TRAIN, flip, data.FORMAT, self.seed
+            self.records,
+            data.MIN_SIZE_TRAIN,
+            data.MAX_SIZE_TRAIN,
+            flip,
+            data.FORMAT,
+            self.seed,
+            tiles=self.tiles,
+            jitter=jitter,
+            pixel_mean=self.cfg.MODEL.PIXEL_MEAN,
+            fill_ignored=data.FILL_IGNORED,
         )
         size, length = self.cfg.SOLVER.IMS_PER_BATCH, self.cfg.SOLVER.MAX_ITER
         positions = range(self.start * size, length * size)
@@ -207,16 +236,13 @@ def evaluate(cfg: CfgNode, model: nn.Module, test: Split, output_dir: Path) -> d
     model.eval()
     device = next(model.parameters()).device
     records, category_ids = test.content.records, test.content.category_ids
+    slicing = build_slicing(cfg)
     results: list[dict[str, Any]] = []
     loader = _loader(cfg, device, TestImages(records, cfg.INPUT.FORMAT), batch_size=1)
     for (image,), (index,) in tqdm(loader, desc="evaluating", leave=False, disable=None):
-        (found,) = model([image.to(device).float()])
-        corners, labels = found["boxes"].tolist(), found["labels"].tolist()
-        for (x0, y0, x1, y1), label, score in zip(
-            corners, labels, found["scores"].tolist(), strict=True
-        ):
-            # torchvision's labels start with the background.
-            category = {"category_id": category_ids[label - 1]}
+        boxes, scores, labels = (t.tolist() for t in detect(model, image.to(device), slicing))
+        for (x0, y0, x1, y1), label, score in zip(boxes, labels, scores, strict=True):
+            category = {"category_id": category_ids[label]}
             box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
             results.append({"image_id": records[index].image_id, **category, **box})
     file = output_dir / RESULTS_FILE
