@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def config_anchors(cfg: CfgNode) -> Anchors:
     levels = [re.fullmatch(r"p(\d)", name) for name in names]
     if not levels or not all(levels):
         raise ConfigError(f"{key} is {names}; levels must be called p<log2 of their stride>")
-    per_level = []
+    per_level: list[list[list[float]]] = []
     for name in ("SIZES", "ASPECT_RATIOS"):
         lists = [list(values) for values in node[name]]
         if len(lists) not in (1, len(levels)) or len({*map(len, lists)}) != 1 or not lists[0]:
@@ -141,7 +142,8 @@ def config_anchors(cfg: CfgNode) -> Anchors:
             )
         per_level.append(lists * len(levels) if len(lists) == 1 else lists)
     strides = [2 ** int(level[1]) for level in levels if level]
-    return Anchors(strides, *per_level, node.OFFSET or 0.0)
+    sizes, aspect_ratios = per_level
+    return Anchors(strides, sizes, aspect_ratios, node.OFFSET or 0.0)
 
 
 def find_anchors(objects: Objects, old: Anchors, sizes: int | None, ratios: int | None) -> Anchors:
@@ -164,7 +166,7 @@ def format_table(objects: Objects, old: Anchors, new: Anchors) -> str:
         header += [f"{measure}: config", "new"]
     rows, ious = [header], [anchors.best_ious(objects) for anchors in (old, new)]
     bins = np.digitize(objects.sizes, _EDGES[1:-1])
-    for i, (low, high) in enumerate(zip(_EDGES[:-1], _EDGES[1:], strict=True)):
+    for i, (low, high) in enumerate(pairwise(_EDGES)):
         if (bins == i).any():
             name = f"{low:g} to {high:g}" if np.isfinite(high) else f"{low:g} or more"
             rows.append(_row(name, [iou[bins == i] for iou in ious]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -129,10 +130,10 @@ def best_centres(
         starts.append(sums.argmin(axis=0))
         least = sums.min(axis=0)
     found, end = [], n
-    for start in [*(row for row in starts[::-1]), np.zeros(n + 1, dtype=np.int64)]:
-        found.append(float(points[centre[start[end], end]]))
-        end = start[end]
-    return found[::-1]
+    for row in reversed(starts):
+        found.append(float(points[centre[row[end], end]]))
+        end = row[end]
+    return [float(points[centre[0, end]]), *reversed(found)]
 
 
 def propose_anchors(
@@ -157,11 +158,10 @@ def propose_anchors(
 
     def with_reach(reach: float) -> Anchors:
         edges = reach * np.array([*strides, 2 * strides[-1]])
+        level_of = np.digitize(objects.sizes, edges[1:-1])
         per_level = []
-        for level, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-            above = objects.sizes >= low if level else True
-            below = objects.sizes < high if level < len(strides) - 1 else True
-            own = objects.sizes[np.broadcast_to(above & below, len(objects))]
+        for level, (low, high) in enumerate(pairwise(edges)):
+            own = objects.sizes[level_of == level]
             found = best_centres(own, sizes, iou_of_sizes) if len(own) else []
             spread = low * (high / low) ** ((np.arange(sizes) + 0.5) / sizes)
             per_level.append(sorted([*found, *spread[len(found) :].tolist()]))
