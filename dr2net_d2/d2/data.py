@@ -17,7 +17,7 @@ from detectron2.data.detection_utils import SizeMismatchError
 from fvcore.common.config import CfgNode
 from torch.utils.data import Sampler
 
-from dr2net_d2.data import load_coco, resolve_dataset
+from dr2net_d2.data import CocoDataset, load_coco, resolve_dataset
 from dr2net_d2.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
@@ -36,16 +36,24 @@ def register_dataset(name: str) -> tuple[str, ...]:
     Raises:
         DatasetError: the name is not known, or the files are missing or not valid.
     """
+    content = load_registered(name)
+    if content is None:
+        return tuple(MetadataCatalog.get(name).get("thing_classes", ()))
+    return content.categories
+
+
+def load_registered(name: str) -> CocoDataset | None:
+    """``register_dataset``; returns what the dataset holds, or None if it is not in COCO format."""
     if name in DatasetCatalog:
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") != "coco":
             _check_lvis(name)
-            return tuple(metadata.get("thing_classes", ()))
-        return load_coco(metadata.json_file, metadata.image_root).categories
+            return None
+        return load_coco(metadata.json_file, metadata.image_root)
     json_file, image_root = resolve_dataset(name)
-    categories = load_coco(json_file, image_root).categories
+    content = load_coco(json_file, image_root)
     register_coco_instances(name, {}, str(json_file), str(image_root))
-    return categories
+    return content
 
 
 def _check_lvis(name: str) -> None:
