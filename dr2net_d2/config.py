@@ -99,7 +99,8 @@ def dr2net_arguments(cfg: CfgNode) -> dict[str, Any]:
 def head_section(cfg: CfgNode) -> str:
     """The section of MODEL that has NUM_CLASSES of the detector."""
     sections = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
-    return sections.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")
+    # The torchvision engine leaves the key out.
+    return sections.get(cfg.MODEL.get("META_ARCHITECTURE"), "ROI_HEADS")
 
 
 def lean_parts(cfg: CfgNode) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-MAX_POINTS = 256
+MAX_POINTS = 128
 """Quantiles that stand for more values than that in ``best_centres``."""
 
 _REACHES = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
