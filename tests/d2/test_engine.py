@@ -316,9 +316,12 @@ def test_limits_below_the_densest_image_are_one_warning_a_phase(tmp_path):
 
 def test_a_lazy_config_is_warned_by_what_its_model_has(tmp_path, caplog):
     config = "configs/quick_schedules/mask_rcnn.py"
-    words = ["model.proposal_generator.pre_nms_topk=[5,300]"]
-    words += ["model.roi_heads.box_predictor.test_topk_per_image=2", "train.init_checkpoint="]
-    for split, name in (("train", "small_digits_train_n8_s64_d3"), ("test", "small_digits_val_n4")):
+    words = ["model.proposal_generator.pre_nms_topk=[2,300]"]
+    words += ["model.roi_heads.box_predictor.test_topk_per_image=1", "train.init_checkpoint="]
+    for split, name in (
+        ("train", "small_digits_train_n8_s64_d3"),
+        ("test", "small_digits_val_n4_s64_d3"),
+    ):
         words.append(f"dataloader.{split}.dataset.names={name}")
     args = arguments(tmp_path)
     args.config_file, args.opts = str(Path(__file__).parents[2] / config), words
@@ -327,5 +330,5 @@ def test_a_lazy_config_is_warned_by_what_its_model_has(tmp_path, caplog):
         LazyExperiment(args).warn()
     found = [record.getMessage() for record in caplog.records]
     assert len(found) == 2
-    assert " objects, but model.proposal_generator.pre_nms_topk is 5; " in found[0]
-    assert " objects, but model.roi_heads.box_predictor.test_topk_per_image is 2; " in found[1]
+    assert " objects, but model.proposal_generator.pre_nms_topk is 2; " in found[0]
+    assert " objects, but model.roi_heads.box_predictor.test_topk_per_image is 1; " in found[1]
