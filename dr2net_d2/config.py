@@ -244,11 +244,16 @@ def check_categories(datasets: Mapping[str, Sequence[str]], key: str, num_classe
 def box_limits(cfg: CfgNode, phase: str) -> dict[str, int]:
     """What bounds the number of boxes of an image, by key; those before NMS hold for each level.
 
+    Bounds of a tile are none of an image.
+
     Args:
         phase: "TRAIN" or "TEST", as in DATASETS.
     """
     section = head_section(cfg)
-    if section == "ROI_HEADS":
+    tiles = (cfg.INPUT if phase == "TRAIN" else cfg.TEST).get("TILES")
+    if tiles is not None and tiles.ENABLED:
+        keys = []
+    elif section == "ROI_HEADS":
         keys = [f"MODEL.RPN.{when}_NMS_TOPK_{phase}" for when in ("PRE", "POST")]
     else:
         keys = [f"MODEL.{section}.TOPK_CANDIDATES_TEST"] if phase == "TEST" else []

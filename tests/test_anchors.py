@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fvcore.common.config import CfgNode
 
 from dr2net_d2 import anchors
 from dr2net_d2.commands import load_config
@@ -89,6 +90,17 @@ def test_several_training_sizes_are_all_seen():
     sizes, counts = np.unique(objects.sizes, return_counts=True)
     assert sizes.tolist() == [10, 20]
     assert counts.min() > 0.45 * counts.sum()
+
+
+def test_a_tile_is_resized_in_place_of_its_image():
+    cfg = config("INPUT.MIN_SIZE_TRAIN", "(200,)", "INPUT.MAX_SIZE_TRAIN", "1000")
+    cfg.INPUT.TILES = CfgNode({"ENABLED": True, "SIZE": 80})
+    boxes = [[10, 20, 30, 60], [81, 70, 91, 80], [190, 90, 200, 100]]
+    objects = anchors.training_objects(cfg, [record(boxes)], 16)
+    # Tiles of 80 px at (0, 0), (80, 0) and, moved inwards, (120, 20) become 200 px.
+    expected = [[25, 50, 75, 150], [2.5, 175, 27.5, 200], [175, 175, 200, 200]]
+    np.testing.assert_allclose(objects.boxes, expected)
+    assert objects.image_sizes.tolist() == [[208, 208]] * 3
 
 
 def test_the_number_of_anchors_per_location_stays_unless_asked():

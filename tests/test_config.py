@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from fvcore.common.config import CfgNode
 
 from dr2net_d2.config import (
     LEAN_PARTS,
@@ -151,6 +152,10 @@ def test_limits_on_the_boxes_of_an_image():
         "MODEL.RPN.POST_NMS_TOPK_TEST": 1000,
         "TEST.DETECTIONS_PER_IMAGE": 100,
     }
+    tiled = cfg.clone()
+    tiled.INPUT.TILES = tiled.TEST.TILES = CfgNode({"ENABLED": True})
+    assert box_limits(tiled, "TRAIN") == {}
+    assert box_limits(tiled, "TEST") == {"TEST.DETECTIONS_PER_IMAGE": 100}
     cfg.MODEL.META_ARCHITECTURE = "FCOS"
     assert box_limits(cfg, "TRAIN") == {}
     assert box_limits(cfg, "TEST") == {
