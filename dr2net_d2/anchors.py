@@ -3,7 +3,7 @@
     python -m dr2net_d2.anchors --config-file configs/quickstart.yaml
     python -m dr2net_d2.anchors --config-file F --output F_anchors.yaml DATASETS.TRAIN "('my_set',)"
 
-It puts the boxes at the scale that the config trains them at (INPUT.MIN_SIZE_TRAIN, INPUT.LSJ),
+It puts the boxes at the scale that they are trained at (INPUT.MIN_SIZE_TRAIN, LSJ, TILES),
 clusters their sizes and aspect ratios with 1 - IoU as distance, and compares the anchors of the
 config with those that come out, on the grid of locations that they lie on. For a detector with an
 RPN and for RetinaNet; FCOS has no anchors. Prints a table and the YAML; --output writes a config
