@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def dr2net_arguments(cfg: CfgNode) -> dict[str, Any]:
 def head_section(cfg: CfgNode) -> str:
     """The section of MODEL that has NUM_CLASSES of the detector."""
     sections = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
-    return sections.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")
+    # The torchvision engine leaves the key out.
+    return sections.get(cfg.MODEL.get("META_ARCHITECTURE"), "ROI_HEADS")
 
 
 def lean_parts(cfg: CfgNode) -> tuple[str, ...]:
@@ -285,6 +287,47 @@ def check_categories(datasets: Mapping[str, Sequence[str]], key: str, num_classe
                 f"DATASETS: {name} has other categories than {first}, or another order; use "
                 "datasets whose categories agree"
             )
+
+
+def box_limits(cfg: CfgNode, phase: str) -> dict[str, int]:
+    """What bounds the number of boxes of an image, by key; those before NMS hold for each level.
+
+    Bounds of a tile are none of an image.
+
+    Args:
+        phase: "TRAIN" or "TEST", as in DATASETS.
+    """
+    section = head_section(cfg)
+    tiles = (cfg.INPUT if phase == "TRAIN" else cfg.TEST).get("TILES")
+    if tiles is not None and tiles.ENABLED:
+        keys = []
+    elif section == "ROI_HEADS":
+        keys = [f"MODEL.RPN.{when}_NMS_TOPK_{phase}" for when in ("PRE", "POST")]
+    else:
+        keys = [f"MODEL.{section}.TOPK_CANDIDATES_TEST"] if phase == "TEST" else []
+    if phase == "TEST":
+        keys.append("TEST.DETECTIONS_PER_IMAGE")
+    return {key: reduce(getattr, key.split("."), cfg) for key in keys}
+
+
+def warn_of_limits(limits: Mapping[str, int], densest: Mapping[str, int]) -> None:
+    """Warn where fewer boxes can be found than an image has objects.
+
+    Args:
+        limits: of the boxes of an image, by key.
+        densest: objects of the densest image, by dataset.
+    """
+    if not densest:
+        return
+    count, name = max((count, name) for name, count in densest.items())
+    short = [f"{key} is {limit}" for key, limit in limits.items() if limit < count]
+    if short:
+        logger.warning(
+            "%s has an image with %d objects, but %s; others are lost: raise such limits together",
+            name,
+            count,
+            " and ".join(short),
+        )
 
 
 def check_weights_to_evaluate(

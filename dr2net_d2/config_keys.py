@@ -34,7 +34,8 @@ def add_dr2net_config(cfg: CfgNode) -> None:
     # Side in px of the pretraining images, which sizes the absolute position table.
     vit.PRETRAIN_IMG_SIZE = 224
     vit.PRETRAIN_USE_CLS_TOKEN = True
-    # Pyramid levels: stride = PATCH_SIZE / scale. Their width is MODEL.FPN.OUT_CHANNELS.
+    # Pyramid levels, of 8, 4, 2, 1, 0.5: stride = PATCH_SIZE / scale. Their width is
+    # MODEL.FPN.OUT_CHANNELS.
     vit.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
     # Coarser levels after those: "LastLevelMaxPool" (one), "LastLevelP6P7" (two) or "" (none).
     vit.TOP_BLOCK = "LastLevelMaxPool"

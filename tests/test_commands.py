@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 COMMANDS = {
     "train_net.py": [str(ROOT / "train_net.py")],
+    "dr2net_d2.anchors": ["-m", "dr2net_d2.anchors"],
     "dr2net_d2.plan": ["-m", "dr2net_d2.plan"],
     "dr2net_d2.fidelity": ["-m", "dr2net_d2.fidelity"],
     "dr2net_d2.export": ["-m", "dr2net_d2.export", "--output", "b.pt2"],

@@ -5,15 +5,18 @@ import logging
 
 import pytest
 import torch
+from fvcore.common.config import CfgNode
 
 from dr2net_d2.config import (
     LEAN_PARTS,
     amp_dtype,
+    box_limits,
     coefficient_schedule,
     dr2net_arguments,
     lean_parts,
     merge_config,
     vit_arguments,
+    warn_of_limits,
 )
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
 from dr2net_d2.errors import ConfigError
@@ -135,3 +138,45 @@ def test_an_unknown_lean_part_is_a_config_error():
     cfg.merge_from_list(["MODEL.DR2NET.LEAN", "['pyramid', 'neck']"])
     with pytest.raises(ConfigError, match=r"LEAN has 'neck'; list some of \['pyramid', 'rpn'"):
         lean_parts(cfg)
+
+
+def test_limits_on_the_boxes_of_an_image():
+    cfg = get_cfg()
+    cfg.merge_from_list(["MODEL.RPN.POST_NMS_TOPK_TRAIN", 70, "MODEL.RPN.PRE_NMS_TOPK_TEST", 60])
+    assert box_limits(cfg, "TRAIN") == {
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 12000,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 70,
+    }
+    assert box_limits(cfg, "TEST") == {
+        "MODEL.RPN.PRE_NMS_TOPK_TEST": 60,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 1000,
+        "TEST.DETECTIONS_PER_IMAGE": 100,
+    }
+    tiled = cfg.clone()
+    tiled.INPUT.TILES = tiled.TEST.TILES = CfgNode({"ENABLED": True})
+    assert box_limits(tiled, "TRAIN") == {}
+    assert box_limits(tiled, "TEST") == {"TEST.DETECTIONS_PER_IMAGE": 100}
+    cfg.MODEL.META_ARCHITECTURE = "FCOS"
+    assert box_limits(cfg, "TRAIN") == {}
+    assert box_limits(cfg, "TEST") == {
+        "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,
+        "TEST.DETECTIONS_PER_IMAGE": 100,
+    }
+
+
+@pytest.mark.parametrize(
+    ("densest", "text"),
+    [
+        ({}, ""),
+        ({"a": 3, "b": 2}, ""),
+        (
+            {"a": 4, "b": 10},
+            "b has an image with 10 objects, but K.ONE is 3 and K.TWO is 9",
+        ),
+        ({"a": 4}, "a has an image with 4 objects, but K.ONE is 3;"),
+    ],
+)
+def test_limits_below_the_densest_image_are_one_warning(densest, text, caplog):
+    warn_of_limits({"K.ONE": 3, "K.TWO": 9, "K.THREE": 10}, densest)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * bool(text)
+    assert text in caplog.text

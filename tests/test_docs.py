@@ -19,7 +19,7 @@ import torch
 import yaml
 
 import dr2net_d2.demo
-from dr2net_d2 import convert, export, fidelity, plan
+from dr2net_d2 import anchors, convert, export, fidelity, plan
 from dr2net_d2.commands import choose_engine, load_config
 from dr2net_d2.core import reversible_stacks
 from dr2net_d2.data import commands as data_commands
@@ -38,6 +38,7 @@ import train_net  # noqa: E402
 PARSERS = {
     "train_net.py": train_net.parse_arguments,
     "demo.py": partial(dr2net_d2.demo.parse_arguments, None),
+    "dr2net_d2.anchors": anchors.parse_arguments,
     "dr2net_d2.convert": convert.parse_arguments,
     "dr2net_d2.data": data_commands.parse_arguments,
     "dr2net_d2.export": export.parse_arguments,
@@ -52,6 +53,7 @@ SMALLER = {
         *("DATASETS.TRAIN", "('small_digits_train_n4_s64_d3',)", *UNTRAINED[2:]),
         *("SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "0"),
     ],
+    "dr2net_d2.anchors": ["DATASETS.TRAIN", "('small_digits_train_n4_s64_d3',)"],
     "dr2net_d2.plan": [
         *("MODEL.VIT.EMBED_DIM", "32", "MODEL.VIT.DEPTH", "2", "MODEL.VIT.NUM_HEADS", "2"),
         *("MODEL.VIT.WINDOW_BLOCK_INDEXES", "[0]"),

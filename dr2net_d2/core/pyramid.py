@@ -55,8 +55,9 @@ class SimpleFeaturePyramid(nn.Module):
     Args:
         net: the backbone; has ``embed_dim``, ``patch_size`` and ``out_feature``, and gives a dict.
         out_channels: channels of every level.
-        scale_factors: each of 4, 2, 1 or 0.5, descending; level p<n> has stride
-            2^n = patch_size / scale.
+        scale_factors: each of 8, 4, 2, 1 or 0.5, descending; level p<n> has stride
+            2^n = patch_size / scale. Detectron2's own ends at 4; 8 is a level of stride 2 for
+            patches of 16 px, one more step of what it does for 4.
         top_level: add one level of twice the last stride by subsampling, as Detectron2's
             ``LastLevelMaxPool`` does.
         lean: keep for the backward, beside the backbone's map, only the output of the last
@@ -143,24 +144,14 @@ def _in_pieces(stage: nn.Sequential) -> list[Layer]:
 
 
 def _stage(dim: int, out_channels: int, scale: float) -> nn.Sequential:
-    resize: list[nn.Module]
-    if scale == 4:
-        resize = [
-            nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2),
-            ChannelLayerNorm(dim // 2),
-            nn.GELU(),
-            nn.ConvTranspose2d(dim // 2, dim // 4, kernel_size=2, stride=2),
-        ]
-        dim //= 4
-    elif scale == 2:
-        resize = [nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2)]
+    if scale not in (8, 4, 2, 1, 0.5):
+        raise ValueError(f"scale factor {scale} is not offered; use 8, 4, 2, 1 or 0.5")
+    resize: list[nn.Module] = [nn.MaxPool2d(kernel_size=2, stride=2)] if scale == 0.5 else []
+    for doubling in range(round(math.log2(scale))):
+        if doubling:
+            resize += [ChannelLayerNorm(dim), nn.GELU()]
+        resize.append(nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2))
         dim //= 2
-    elif scale == 1:
-        resize = []
-    elif scale == 0.5:
-        resize = [nn.MaxPool2d(kernel_size=2, stride=2)]
-    else:
-        raise ValueError(f"scale factor {scale} is not offered; use 4, 2, 1 or 0.5")
     return nn.Sequential(
         *resize, ConvNorm(dim, out_channels, 1), ConvNorm(out_channels, out_channels, 3)
     )

@@ -46,7 +46,7 @@ class Dr2NetPyramid(SimpleFeaturePyramid, PaddedBackbone):
     """The simple feature pyramid with the arguments of Detectron2's, levels "p<log2 of stride>".
 
     Args:
-        net: a ``Dr2NetBackbone``.
+        net: a ``Dr2NetBackbone``, or a ``StockBackbone``.
         in_feature: its feature map.
         top_block: makes coarser levels of one; ``LastLevelMaxPool``, ``LastLevelP6P7``.
         norm: "LN", there is no other.
@@ -56,7 +56,7 @@ class Dr2NetPyramid(SimpleFeaturePyramid, PaddedBackbone):
 
     def __init__(
         self,
-        net: Dr2NetBackbone,
+        net: Dr2NetBackbone | StockBackbone,
         in_feature: str = "last_feat",
         out_channels: int = 256,
         scale_factors: Sequence[float] = (4.0, 2.0, 1.0, 0.5),
@@ -97,7 +97,20 @@ class Dr2NetPyramid(SimpleFeaturePyramid, PaddedBackbone):
 
 
 class StockBackbone(PaddedBackbone, stock.ViT):
-    """Detectron2's ViT, padded as ours."""
+    """Detectron2's ViT, padded as ours; it tells our pyramid what ours would."""
+
+    @property
+    def out_feature(self) -> str:
+        (name,) = self.output_shape()
+        return name
+
+    @property
+    def embed_dim(self) -> int:
+        return self.output_shape()[self.out_feature].channels
+
+    @property
+    def patch_size(self) -> int:
+        return self.output_shape()[self.out_feature].stride
 
 
 class StockPyramid(PaddedBackbone, stock.SimpleFeaturePyramid):
@@ -132,10 +145,13 @@ def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> StockBackbone:
 
 
 @BACKBONE_REGISTRY.register()
-def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> StockPyramid:
+def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaddedBackbone:
     """Detectron2's ViT and simple feature pyramid, outputs "p<n>"."""
-    pyramid = StockPyramid(build_vit_backbone(cfg, input_shape), **_pyramid_arguments(cfg))
+    vit = build_vit_backbone(cfg, input_shape)
     patch_size, scale_factors = cfg.MODEL.VIT.PATCH_SIZE, cfg.MODEL.VIT.SCALE_FACTORS
+    # Detectron2's ends at 4. Ours, not lean, has the same layers and stores the same.
+    kind = Dr2NetPyramid if 8 in scale_factors else StockPyramid
+    pyramid = kind(vit, **_pyramid_arguments(cfg))
     pyramid.size_divisibility = padding(
         cfg, "VIT", max(patch_size, int(patch_size / scale_factors[-1]))
     )

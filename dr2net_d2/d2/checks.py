@@ -6,11 +6,14 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from detectron2.data import MetadataCatalog
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.utils import comm
+from torch import nn
 
 from dr2net_d2.checkpointer import locate_weights
 from dr2net_d2.config import check_categories, check_weights_to_evaluate
-from dr2net_d2.d2.data import register_dataset
+from dr2net_d2.d2.data import load_registered
 from dr2net_d2.errors import ConfigError
 
 
@@ -32,18 +35,40 @@ def check_batch_size(key: str, images: int, accumulation_steps: int) -> int:
     return images // accumulation_steps
 
 
-def check_datasets(key: str, num_classes: int, names: Iterable[str]) -> None:
+def check_datasets(key: str, num_classes: int, names: Iterable[str]) -> dict[str, int]:
     """Register datasets, and refuse what is missing, damaged or of other categories.
 
     Args:
         key: of ``num_classes``.
 
+    Returns:
+        Objects of the densest image, by name, of datasets in COCO format.
+
     Raises:
         DatasetError: see ``register_dataset``.
         ConfigError: see ``check_categories``.
     """
-    found = {name: categories for name in names if (categories := register_dataset(name))}
-    check_categories(found, key, num_classes)
+    categories, densest = {}, {}
+    for name in names:
+        if content := load_registered(name):
+            categories[name], densest[name] = content.categories, content.densest
+        elif classes := MetadataCatalog.get(name).get("thing_classes"):
+            categories[name] = classes
+    check_categories(categories, key, num_classes)
+    return densest
+
+
+def model_limits(model: nn.Module, training: bool) -> dict[str, int]:
+    """What bounds the number of boxes of an image in a built detector, by path in a LazyConfig."""
+    limits = {}
+    for path, module in model.named_modules(prefix="model"):
+        if isinstance(module, RPN):
+            for name in ("pre_nms_topk", "post_nms_topk"):
+                limits[f"{path}.{name}"] = getattr(module, name)[training]
+        for name in ("test_topk_candidates", "test_topk_per_image", "max_detections_per_image"):
+            if not training and hasattr(module, name):
+                limits[f"{path}.{name}"] = getattr(module, name)
+    return limits
 
 
 def check_weights(args: argparse.Namespace, weights: str, output_dir: str, *names: str) -> None:

@@ -26,7 +26,7 @@ from fvcore.common.config import CfgNode
 from torch.utils.data import Sampler
 
 from dr2net_d2.config import check_jittering
-from dr2net_d2.data import load_coco, resolve_dataset
+from dr2net_d2.data import CocoDataset, load_coco, resolve_dataset
 from dr2net_d2.data.tiling import Grid, ImageBoxes, TileChoice, choose_tiles, paint_over
 from dr2net_d2.errors import ConfigError, DatasetError
 
@@ -46,12 +46,20 @@ def register_dataset(name: str) -> tuple[str, ...]:
     Raises:
         DatasetError: the name is not known, or the files are missing or not valid.
     """
+    content = load_registered(name)
+    if content is None:
+        return tuple(MetadataCatalog.get(name).get("thing_classes", ()))
+    return content.categories
+
+
+def load_registered(name: str) -> CocoDataset | None:
+    """``register_dataset``; returns what the dataset holds, or None if it is not in COCO format."""
     if name in DatasetCatalog:
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") != "coco":
             _check_lvis(name)
-            return tuple(metadata.get("thing_classes", ()))
-        return load_coco(metadata.json_file, metadata.image_root).categories
+            return None
+        return load_coco(metadata.json_file, metadata.image_root)
     json_file, image_root = map(str, resolve_dataset(name))
     dataset = load_coco(json_file, image_root)
     regions = {
@@ -69,7 +77,7 @@ def register_dataset(name: str) -> tuple[str, ...]:
 
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
-    return dataset.categories
+    return dataset
 
 
 def _check_lvis(name: str) -> None:

@@ -112,6 +112,7 @@ def _train_or_evaluate(args: argparse.Namespace) -> Results:
         ) from error
     logger = setup_logger(settings.output_dir, comm.get_rank(), name="dr2net_d2")
     logger.info("Model:\n%s", experiment.model)
+    experiment.warn()
     if args.eval_only:
         checkpointer = Dr2NetCheckpointer(
             experiment.model,

@@ -19,9 +19,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from dr2net_d2.commands import torch_device
-from dr2net_d2.config import LEAN_PARTS, amp_dtype
+from dr2net_d2.config import LEAN_PARTS, amp_dtype, warn_of_limits
 from dr2net_d2.core import CoefficientSchedule, reversible_stacks
-from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights
+from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights, model_limits
 from dr2net_d2.d2.inference import without_cropping
 from dr2net_d2.d2.lean import make_lean
 from dr2net_d2.d2.sharding import shard
@@ -73,7 +73,8 @@ class LazyExperiment:
         self._train, self._own = cfg.train, cfg.get("dr2net", {})
         self.weights = self._train.init_checkpoint
         torch_device(self._train.device, "train.device")
-        self._check_datasets(("test",) if args.eval_only else ("train", "test"))
+        self._splits = ("test",) if args.eval_only else ("train", "test")
+        self._densest = self._check_datasets()
         self.settings = self._settings()
         if not args.eval_only:
             loader, steps = cfg.dataloader.train, self.settings.accumulation_steps
@@ -124,13 +125,20 @@ class LazyExperiment:
                 ddp=train.ddp,
             )
 
-    def _check_datasets(self, splits: Sequence[str]) -> None:
+    def _check_datasets(self) -> dict[str, int]:
         for path in ("model.roi_heads.num_classes", "model.num_classes"):
             num_classes = OmegaConf.select(self.cfg, path)
             if num_classes is not None:
-                names = [name for split in splits for name in self._names(split)]
-                check_datasets(path, num_classes, names)
-                return
+                names = [name for split in self._splits for name in self._names(split)]
+                return check_datasets(path, num_classes, names)
+        return {}
+
+    def warn(self) -> None:
+        """Log what will run, but hardly as it was meant."""
+        for split in self._splits:
+            names = self._densest.keys() & {*self._names(split)}
+            densest = {name: self._densest[name] for name in names}
+            warn_of_limits(model_limits(self.model, split == "train"), densest)
 
     def _names(self, split: str) -> list[str]:
         """Those of the datasets, if the loader reads datasets by names."""

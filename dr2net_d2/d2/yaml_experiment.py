@@ -33,10 +33,12 @@ from torch import nn
 from dr2net_d2.commands import load_config, torch_device
 from dr2net_d2.config import (
     amp_dtype,
+    box_limits,
     coefficient_schedule,
     evaluation_protocol,
     head_section,
     lean_parts,
+    warn_of_limits,
 )
 from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights
 from dr2net_d2.d2.data import CheckedMapper, tile_dicts
@@ -77,7 +79,8 @@ class YamlExperiment:
         lean_parts(cfg)
         torch_device(cfg.MODEL.DEVICE)
         check_tiles(cfg)
-        self._check_datasets(("TEST",) if args.eval_only else ("TRAIN", "TEST"))
+        self._splits = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
+        self._densest = self._check_datasets()
         if cfg.DATASETS.TEST:
             self._check_evaluation()
         self.settings = self._settings()
@@ -120,14 +123,21 @@ class YamlExperiment:
                 },
             )
 
-    def _check_datasets(self, splits: tuple[str, ...]) -> None:
-        cfg = self.cfg
+    def _check_datasets(self) -> dict[str, int]:
+        cfg, splits = self.cfg, self._splits
         if not cfg.DATASETS[splits[0]]:
             raise ConfigError(f"DATASETS.{splits[0]} is empty; name at least one dataset")
         section = head_section(cfg)
         names = [name for split in splits for name in cfg.DATASETS[split]]
         key = f"MODEL.{section}.NUM_CLASSES"
-        check_datasets(key, cfg.MODEL[section].NUM_CLASSES, names)
+        return check_datasets(key, cfg.MODEL[section].NUM_CLASSES, names)
+
+    def warn(self) -> None:
+        """Log what will run, but hardly as it was meant."""
+        for split in self._splits:
+            names = self._densest.keys() & {*self.cfg.DATASETS[split]}
+            densest = {name: self._densest[name] for name in names}
+            warn_of_limits(box_limits(self.cfg, split), densest)
 
     def _check_evaluation(self) -> None:
         choose_protocol(self.cfg.TEST.PROTOCOL, self.cfg.TEST.DETECTIONS_PER_IMAGE)

@@ -60,6 +60,11 @@ class CocoDataset:
     records: tuple[CocoRecord, ...]
     dropped: int
 
+    @property
+    def densest(self) -> int:
+        """Objects of the image that has most, crowds apart."""
+        return max(int((~record.iscrowd).sum()) for record in self.records)
+
 
 def load_coco(json_file: str | Path, image_root: str | Path) -> CocoDataset:
     """Load and check a COCO-format detection dataset; pixels are not read.

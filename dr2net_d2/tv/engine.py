@@ -18,7 +18,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dr2net_d2.checkpointer import StrictCheckpointer
 from dr2net_d2.commands import load_config, torch_device
-from dr2net_d2.config import check_categories, check_weights_to_evaluate
+from dr2net_d2.config import (
+    box_limits,
+    check_categories,
+    check_weights_to_evaluate,
+    warn_of_limits,
+)
 from dr2net_d2.data import CocoRecord
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.pictures import draw_curves, draw_predictions
@@ -107,6 +112,10 @@ def _check_splits(
     categories = [split.content.categories for split in (*train, *test)]
     datasets = dict(zip(names, categories, strict=True))
     check_categories(datasets, "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    for phase, splits in (("TRAIN", train), ("TEST", test)):
+        counts = [split.content.densest for split in splits]
+        densest = dict(zip(cfg.DATASETS[phase], counts, strict=False))
+        warn_of_limits(box_limits(cfg, phase), densest)
 
 
 def _records(cfg: CfgNode, splits: Sequence[Split]) -> list[CocoRecord]:

@@ -240,22 +240,56 @@ class Map(nn.Module):
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("size", [(4, 6), (5, 3)])
-def test_a_lean_pyramid_is_the_pyramid_bit_for_bit(size, precision):
-    plain = SimpleFeaturePyramid(Map(size), 32)
-    lean = SimpleFeaturePyramid(Map(size), 32, lean=True)
+@pytest.mark.parametrize("finest", [1, 2])
+def test_a_lean_pyramid_is_the_pyramid_bit_for_bit(finest, size, precision):
+    factors = (8.0, 4.0, 2.0, 1.0, 0.5)[finest - 1 :]
+    plain = SimpleFeaturePyramid(Map(size), 32, factors)
+    lean = SimpleFeaturePyramid(Map(size), 32, factors, lean=True)
     assert list(plain.state_dict()) == list(lean.state_dict())
     lean.load_state_dict(plain.state_dict())
 
     def flat(modules, _):
         levels = modules[0](None)
-        assert list(levels) == ["p2", "p3", "p4", "p5", "p6"]
+        assert list(levels) == [f"p{level}" for level in range(finest, 7)]
         return torch.cat([level.float().flatten() for level in levels.values()])
 
     x = torch.zeros(())
     expected = outcome(flat, nn.ModuleList([plain]), x, precision)
     actual = outcome(flat, nn.ModuleList([lean]), x, precision)
     assert_same(actual, expected)
-    assert actual[2] < {"float32": 0.31, "bf16": 0.25}[precision] * expected[2]
+    assert actual[2] < {"float32": 0.31, "bf16": 0.26}[precision] * expected[2]
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_level_of_stride_2_is_three_doublings(lean):
+    pyramid = SimpleFeaturePyramid(Map((3, 4)), 24, (8.0, 4.0, 1.0), lean=lean)
+    level = pyramid(None)["p1"]
+    assert level.shape == (2, 24, 24, 32)
+    assert pyramid.strides == {"p1": 2, "p2": 4, "p4": 16, "p5": 32}
+    weights = pyramid.simfp_1.state_dict(keep_vars=True)
+    inputs = [pyramid.net.tokens, *weights.values()]
+
+    def norm(x, name):
+        x, shape = x.permute(0, 2, 3, 1), weights[f"{name}.weight"].shape
+        x = F.layer_norm(x, shape, weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+        return x.permute(0, 3, 1, 2)
+
+    def double(x, name):
+        return F.conv_transpose2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride=2)
+
+    x = pyramid.net(None)["map"]
+    x = F.gelu(norm(double(x, "0"), "1"))
+    x = double(F.gelu(norm(double(x, "3"), "4")), "6")
+    x = norm(F.conv2d(x, weights["7.weight"]), "7.norm")
+    expected = norm(F.conv2d(x, weights["8.weight"], padding=1), "8.norm")
+    torch.testing.assert_close(level, expected)
+    gradient = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(level, inputs, gradient),
+        torch.autograd.grad(expected, inputs, gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_in_a_lean_pyramid_are_called_once():

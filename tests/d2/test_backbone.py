@@ -62,6 +62,30 @@ def test_with_one_state_dict_outputs_and_gradients_agree(tmp_path, opts, size, r
         torch.testing.assert_close(gradients[name] / scale, gradient / scale, rtol=0, atol=1e-4)
 
 
+def test_a_level_of_stride_2_leaves_the_names_and_values_of_the_others(tmp_path):
+    """Detectron2's pyramid has no such level: its weights load, all but those of ours are there."""
+    patch = ("MODEL.VIT.PATCH_SIZE", 16, "MODEL.VIT.DROP_PATH_RATE", 0.0)
+    theirs = backbone(tmp_path, THEIRS, *patch, "MODEL.VIT.SCALE_FACTORS", [4.0, 2.0, 1.0])
+    finer = (*patch, "MODEL.VIT.SCALE_FACTORS", [8.0, 4.0, 2.0, 1.0])
+    ours, stored = backbone(tmp_path, OURS, *finer), backbone(tmp_path, THEIRS, *finer)
+    assert isinstance(theirs, stock.SimpleFeaturePyramid)
+    assert isinstance(stored.net, stock.ViT)
+    missing, left_over = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert left_over == []
+    assert missing and all(name.startswith("simfp_1.") for name in missing)
+    stored.load_state_dict(plain_vit_state_dict(ours), strict=True)
+
+    images = torch.randn(1, 3, 64, 48)
+    levels = ours(images)
+    assert {name: shape.stride for name, shape in ours.output_shape().items()} == {
+        "p1": 2, "p2": 4, "p3": 8, "p4": 16, "p5": 32,
+    }  # fmt: skip
+    assert levels["p1"].shape == (1, 16, 32, 24)
+    for network in (theirs, stored):
+        for name, level in network(images).items():
+            torch.testing.assert_close(levels[name], level, rtol=1e-5, atol=1e-5)
+
+
 def test_our_weights_load_strictly_into_detectron2s_network(tmp_path):
     ours, theirs = backbone(tmp_path, OURS), backbone(tmp_path, THEIRS)
     nn.init.zeros_(theirs.net.pos_embed)

@@ -1,7 +1,9 @@
 """``run``: what it writes, what it returns, how it resumes, and what it refuses before writing."""
 
 import json
+import logging
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from dr2net_d2.d2 import run
 from dr2net_d2.d2.hooks import CoefficientHook
+from dr2net_d2.d2.lazy_experiment import LazyExperiment
 from dr2net_d2.data import register_coco_json, resolve_dataset
 from dr2net_d2.errors import ConfigError, DatasetError, UserError, WeightsError
 from tests.d2.tiny import arguments, launch_one
@@ -250,3 +253,38 @@ def test_a_checkpoint_that_does_not_continue_the_training_is_a_weights_error(tra
     (output / "model_final.pth").unlink()
     with pytest.raises(WeightsError, match=r"do not exist"):
         run(arguments(tmp_path, resume=True))
+
+
+def test_limits_below_the_densest_image_are_one_warning_a_phase(tmp_path):
+    options = ("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 2, "MODEL.RPN.POST_NMS_TOPK_TEST", 1)
+    run(arguments(tmp_path, *options, "SOLVER.MAX_ITER", 1))
+    log = (tmp_path / "output" / "log.txt").read_text()
+    most = {}
+    for name in ("small_digits_train_n8_s64_d3", "small_digits_val_n4_s64_d3"):
+        most[name] = max(len(row["annotations"]) for row in DatasetCatalog.get(name))
+    keys = ("MODEL.RPN.PRE_NMS_TOPK_TRAIN is 2", "MODEL.RPN.POST_NMS_TOPK_TEST is 1")
+    expected = [
+        f"{name} has an image with {count} objects, but {key}"
+        for (name, count), key in zip(most.items(), keys, strict=True)
+    ]
+    assert re.findall(r"WARNING: (.* objects, but [^;]*)", log) == expected
+
+
+def test_a_lazy_config_is_warned_by_what_its_model_has(tmp_path, caplog):
+    config = "configs/quick_schedules/mask_rcnn.py"
+    words = ["model.proposal_generator.pre_nms_topk=[2,300]"]
+    words += ["model.roi_heads.box_predictor.test_topk_per_image=1", "train.init_checkpoint="]
+    for split, name in (
+        ("train", "small_digits_train_n8_s64_d3"),
+        ("test", "small_digits_val_n4_s64_d3"),
+    ):
+        words.append(f"dataloader.{split}.dataset.names={name}")
+    args = arguments(tmp_path)
+    args.config_file, args.opts = str(Path(__file__).parents[2] / config), words
+    logging.getLogger("dr2net_d2").propagate = True
+    with caplog.at_level(logging.WARNING):
+        LazyExperiment(args).warn()
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == 2
+    assert " objects, but model.proposal_generator.pre_nms_topk is 2; " in found[0]
+    assert " objects, but model.roi_heads.box_predictor.test_topk_per_image is 1; " in found[1]

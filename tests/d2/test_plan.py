@@ -24,6 +24,12 @@ MASKS = [
     *("MODEL.ROI_MASK_HEAD.NUM_CONV", "2", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
     *("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", "6", "INPUT.MASK_FORMAT", "bitmask"),
 ]
+STRIDE_2 = [
+    *("MODEL.VIT.PATCH_SIZE", "16", "MODEL.VIT.SCALE_FACTORS", "[8.0, 4.0, 2.0]"),
+    *("MODEL.RPN.IN_FEATURES", "['p1', 'p2', 'p3', 'p4']"),
+    *("MODEL.ROI_HEADS.IN_FEATURES", "['p1', 'p2', 'p3']"),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", "[[6], [12], [24], [48]]"),
+]
 NAMES = {"stock": "build_vitdet_backbone", "dr2net": "build_dr2net_vitdet_backbone"}
 
 
@@ -64,11 +70,11 @@ def real_iteration(cfg, size, images, objects):
     return live.beyond, saved.total
 
 
-@pytest.mark.parametrize("masks", [[], MASKS], ids=["boxes", "masks"])
+@pytest.mark.parametrize("words", [[], MASKS, STRIDE_2], ids=["boxes", "masks", "stride 2"])
 @pytest.mark.parametrize("arm", ["stock", "dr2net"])
-def test_a_real_iteration_takes_what_is_predicted(tmp_path, arm, masks):
+def test_a_real_iteration_takes_what_is_predicted(tmp_path, arm, words):
     name = ["MODEL.BACKBONE.NAME", NAMES[arm]]
-    cfg = tiny.tiny_cfg(tmp_path, *FULL, *masks, *name)
+    cfg = tiny.tiny_cfg(tmp_path, *FULL, *words, *name)
     beyond, saved = real_iteration(cfg, 128, 2, objects=6)
     found = predict(cfg, arm, 128, 2, objects=6, coefficients=(0.5, 0.5))
     assert found.saved == pytest.approx(saved, rel=0.001)

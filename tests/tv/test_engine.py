@@ -232,3 +232,21 @@ def test_an_output_folder_that_cannot_be_made(arguments, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="OUTPUT_DIR"):
         engine.run(arguments("OUTPUT_DIR", str(tmp_path / "file" / "output")))
+
+
+def test_limits_below_the_densest_image_are_one_warning_a_phase(arguments, tmp_path, caplog):
+    """Canvases of 3 digits on average have up to 4."""
+    counts = {
+        name: load_split(f"small_digits_{name}_s64_d3").content for name in ("train_n8", "val_n4")
+    }
+    most = {name: max(map(len, (r.boxes for r in c.records))) for name, c in counts.items()}
+    options = ("MODEL.RPN.POST_NMS_TOPK_TRAIN", "2", "TEST.DETECTIONS_PER_IMAGE", "1")
+    short = ("SOLVER.MAX_ITER", "1", "OUTPUT_DIR", str(tmp_path / "output"))
+    engine.run(arguments(*options, *short))
+    found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.partition("; ")[0] for text in found if "objects" in text] == [
+        f"small_digits_train_n8_s64_d3 has an image with {most['train_n8']} objects, but "
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN is 2",
+        f"small_digits_val_n4_s64_d3 has an image with {most['val_n4']} objects, but "
+        "TEST.DETECTIONS_PER_IMAGE is 1",
+    ]

@@ -40,6 +40,24 @@ def test_every_parameter_learns(build):
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("lean", ["[]", "['pyramid', 'rpn', 'roi']"])
+def test_a_level_of_stride_2_learns_and_finds(build, lean):
+    model = build(
+        *("MODEL.VIT.PATCH_SIZE", "16", "MODEL.VIT.SCALE_FACTORS", "[8.0, 4.0, 2.0]"),
+        *("MODEL.RPN.IN_FEATURES", "['p1', 'p2', 'p3', 'p4']", "MODEL.DR2NET.LEAN", lean),
+        *("MODEL.ROI_HEADS.IN_FEATURES", "['p1', 'p2', 'p3']"),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", "[[6], [12], [24], [48]]"),
+    )
+    assert model.backbone.strides == {"p1": 2, "p2": 4, "p3": 8, "p4": 16}
+    image = torch.rand(3, 64, 48) * 255
+    sum(model.train()([image], one_target()).values()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if "simfp_1" in name}
+    assert len(gradients) == 16
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+    with torch.no_grad():
+        assert len(model.eval()([image])[0]["boxes"])
+
+
 def test_an_image_without_objects_trains(build):
     empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}]
     losses = build().train()([torch.rand(3, 64, 64) * 255], empty)
@@ -196,7 +214,8 @@ def test_pooling_reads_pixel_centres():
     torch.testing.assert_close(pooled[1, 0], torch.tensor([[92.0, 156], [92, 156]]))
 
 
-def test_pooling_equals_detectron2s():
+@pytest.mark.parametrize("finest", [1, 2])
+def test_pooling_equals_detectron2s(finest):
     pytest.importorskip("detectron2")
     from detectron2.modeling.poolers import ROIPooler
     from detectron2.structures import Boxes
@@ -205,10 +224,11 @@ def test_pooling_equals_detectron2s():
     features = [torch.rand(2, 5, 64 // s, 64 // s) for s in (1, 2, 4)]
     corners = torch.rand(2, 40, 2) * 150
     boxes = torch.cat([corners, corners + torch.rand(2, 40, 2) ** 3 * 400], dim=2)
-    theirs = ROIPooler(3, (1 / 4, 1 / 8, 1 / 16), 0, "ROIAlignV2")
-    ours = AlignedRoIPool({"p2": 4, "p3": 8, "p4": 16}, 3, 0)
+    strides = {f"p{level}": 2**level for level in range(finest, finest + 3)}
+    theirs = ROIPooler(3, [1 / stride for stride in strides.values()], 0, "ROIAlignV2")
+    ours = AlignedRoIPool(strides, 3, 0)
     expected = theirs(features, [Boxes(b) for b in boxes])
-    pooled = ours(dict(zip(("p2", "p3", "p4"), features, strict=True)), list(boxes), [])
+    pooled = ours(dict(zip(strides, features, strict=True)), list(boxes), [])
     torch.testing.assert_close(pooled, expected)
 
 
@@ -216,7 +236,8 @@ def test_pooling_equals_detectron2s():
     ("key", "value", "named"),
     [
         ("MODEL.VIT.NUM_HEADS", "3", "embed_dim 32"),
-        ("MODEL.VIT.SCALE_FACTORS", "[8.0]", "scale factor 8.0"),
+        ("MODEL.VIT.SCALE_FACTORS", "[16.0]", "scale factor 16.0"),
+        ("MODEL.VIT.SCALE_FACTORS", "[0.25]", "use 8, 4, 2, 1 or 0.5"),
         ("MODEL.DR2NET.ARITHMETIC", "integer", "arithmetic is 'integer'"),
         ("MODEL.DR2NET.LEAN", "['heads']", "MODEL.DR2NET.LEAN has 'heads'; list some of"),
         ("MODEL.RPN.IN_FEATURES", "['p2', 'p3']", "MODEL.RPN.IN_FEATURES"),
