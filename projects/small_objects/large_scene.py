@@ -6,7 +6,7 @@ large_scene.yaml is trained on tiles of the scene first, so that there is someth
 from those weights on the whole image; both evaluations are of the weights from tiles, on another
 scene. One row of large_scene.json per engine and phase.
 
-    python projects/small_objects/large_scene.py [--engine torchvision] [--iterations 40]
+    python projects/small_objects/large_scene.py [--engine torchvision] [--iterations 15]
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def count_and_score(folder: Path, phase: str) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), default="torchvision")
-    parser.add_argument("--iterations", type=int, default=40, help="on tiles, default: 40")
+    parser.add_argument("--iterations", type=int, default=15, help="on tiles, default: 15")
     args = parser.parse_args()
     config = ["--config-file", str(HERE / "large_scene.yaml"), "--engine", args.engine]
     rows = []

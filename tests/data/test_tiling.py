@@ -171,13 +171,23 @@ def test_a_part_is_seen_whole_where_a_neighbour_reaches_around_it():
 
 def test_parts_of_a_better_whole():
     boxes = np.array(
-        [[0, 0, 50, 50], [30, 0, 45, 50], [30, 0, 45, 50], [30, 0, 45, 50], [40, 0, 90, 50]],
+        [[30, 0, 45, 50], [0, 0, 50, 50], [30, 0, 45, 50], [30, 0, 45, 50], [40, 0, 90, 50]],
         np.float32,
     )
-    scores = np.array([0.6, 0.5, 0.7, 0.5, 0.5])
     labels = np.array([1, 1, 1, 2, 1])
-    cut = np.array([False, True, True, True, True])
-    # The third is better than the whole, the fourth of another class, the last mostly outside.
-    within = within_better_whole(boxes, scores, labels, cut, 0.5)
-    assert within.tolist() == [False, True, False, False, False]
-    assert not within_better_whole(boxes, scores, labels, ~cut, 0.5)[1:].any()
+    cut = np.array([True, False, True, True, True])
+    # The first is better than the whole, the fourth of another class, the last mostly outside.
+    within = within_better_whole(boxes, labels, cut, 0.5, most=9)
+    assert within.tolist() == [False, False, True, False, False]
+    assert not within_better_whole(boxes, labels, ~cut, 0.6, most=9)[[0, 2, 3, 4]].any()
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 9])
+def test_the_best_stay_the_same_where_fewer_are_wanted(most):
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 60, (80, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(5, 60, (80, 2))], axis=1)
+    labels, cut = rng.integers(0, 2, 80), rng.random(80) < 0.7
+    every, some = (within_better_whole(boxes, labels, cut, 0.5, n) for n in (80, most))
+    assert every.sum() > 5
+    assert (~some).nonzero()[0][:most].tolist() == (~every).nonzero()[0][:most].tolist()
