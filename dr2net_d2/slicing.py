@@ -94,8 +94,9 @@ class Slicing:
 
     def _merge(self, found: Found, cut: np.ndarray) -> Found:
         best = batched_nms(*found, self.merge_thresh)
-        boxes, scores, labels = (tensor[best].numpy() for tensor in found)
-        part = within_better_whole(boxes, scores, labels, cut[best.numpy()], self.merge_thresh)
+        boxes, labels = (tensor[best].numpy() for tensor in (found.boxes, found.labels))
+        cut = cut[best.numpy()]
+        part = within_better_whole(boxes, labels, cut, self.merge_thresh, self.most)
         kept = best[torch.from_numpy(~part)][: self.most]
         return Found(*(tensor[kept] for tensor in found))
 

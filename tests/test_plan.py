@@ -21,10 +21,12 @@ from dr2net_d2.planner import (
     ARMS,
     PARTS,
     Planner,
+    Prediction,
     costliest,
     largest_fitting,
     pairs_of_schedule,
     predict,
+    training_side,
 )
 from dr2net_d2.simulation import CudaAutocast
 from dr2net_d2.tv.config import check_config
@@ -249,6 +251,47 @@ def test_the_command(monkeypatch, capsys):
     assert f"{budget:g} GB, and the time" in out and "at 0.5 TFLOP/s" in out
     assert "Not included: the CUDA context" in out
     assert cv2.imread("out/plan.png").shape[1] > 1400
+
+
+@pytest.mark.parametrize(
+    ("words", "side"),
+    [
+        ([], 256),  # of MODEL.VIT
+        (["INPUT.TILES.SIZE", "640"], 256),  # not enabled
+        (["INPUT.TILES.ENABLED", "True", "INPUT.MIN_SIZE_TRAIN", "(96, 128)"], 128),
+        (["INPUT.TILES.ENABLED", "True", "INPUT.MIN_SIZE_TRAIN", "(512,)"], 256),  # MAX_SIZE
+        (["INPUT.TILES.ENABLED", "True", "INPUT.MIN_SIZE_TRAIN", "(0,)"], 640),
+        (["INPUT.TILES.ENABLED", "True", "INPUT.LSJ.ENABLED", "True"], 1024),
+    ],
+)
+def test_the_side_that_a_training_goes_through(words, side):
+    assert training_side(small(*words)) == side
+
+
+def test_the_command_on_tiles(monkeypatch, capsys):
+    class Linear:
+        """Takes 4 KB a pixel."""
+
+        stride, side_step = 16, 64
+
+        def __init__(self, cfg, arm, objects, engine):
+            self.arm = arm
+
+        def peak(self, side, batch=1, coefficients=None):
+            return 4096 * side**2 * batch
+
+        def predict(self, side, batch):
+            parts = dict.fromkeys(PARTS, 0) | {"streams": self.peak(side, batch)}
+            return Prediction(self.arm, side, batch, 1, 0, parts["streams"], parts, 0, 0)
+
+    monkeypatch.setattr(plan, "Planner", Linear)
+    tiles = ["INPUT.TILES.ENABLED", "True", "INPUT.TILES.SIZE", "200"]
+    assert command(*tiles, "INPUT.MIN_SIZE_TRAIN", "(60,)") == 0
+    results = json.loads(Path("out/plan.json").read_text())
+    assert (results["setting"]["tile_size"], results["setting"]["image_size"]) == (200, 64)
+    out = capsys.readouterr().out
+    assert "200 px tiles, which come into the network with 64 px" in out
+    assert "Of whole images, dr2net fits 2496 px into 24 GB" in out
 
 
 @pytest.mark.parametrize(

@@ -103,31 +103,46 @@ MATCHED_AT_ONCE = 2**24
 
 
 def best_matches(
-    similarity: Callable[[Tensor], Tensor], candidates: Tensor, chunk: int
+    overlap: Callable[[Tensor, Tensor], Tensor], objects: Tensor, candidates: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best object of every candidate, and the best candidates of every object, in chunks.
 
+    Each chunk is compared with the objects around it alone: of candidates in the order of an
+    image's rows, in a scene of thousands of objects, with a few of them.
+
     Args:
-        similarity: (n, 4) candidates -> (objects, n), for at least one object; called twice with
-            each chunk.
-        candidates: (N, 4), N at least 1.
+        overlap: (o, 4) objects, (n, 4) candidates -> (o, n), not below 0, and 0 for boxes that do
+            not touch; called twice with each chunk.
+        objects: (O, 4) XYXY, O at least 1.
+        candidates: (N, 4) XYXY, N at least 1.
         chunk: candidates at a time.
 
     Returns:
-        similarity to the best object (N,), its index (N,), and whether the candidate is, ties
+        overlap with the best object (N,), its index (N,), and whether the candidate is, ties
         included, the best one of some object (N,).
     """
-    chunks = candidates.split(chunk)
-    per_chunk = []
-    best_of_object: Tensor | None = None
-    for part in chunks:
-        matrix = similarity(part)
-        per_chunk.append(matrix.max(dim=0))
-        highest = matrix.amax(dim=1)
-        best_of_object = (
-            highest if best_of_object is None else torch.maximum(best_of_object, highest)
-        )
-    assert best_of_object is not None
-    is_best = [(similarity(part) == best_of_object[:, None]).any(dim=0) for part in chunks]
-    values, indices = zip(*per_chunk, strict=True)
-    return torch.cat(values), torch.cat(indices), torch.cat(is_best)
+    chunks = [(part, _touching(objects, part)) for part in candidates.split(chunk)]
+    highest = objects.new_zeros(len(objects))
+    best, indices, is_best = [], [], []
+    for part, near in chunks:
+        values, index = part.new_zeros(len(part)), near.new_zeros(len(part))
+        if len(near):
+            matrix = overlap(objects[near], part)
+            highest[near] = torch.maximum(highest[near], matrix.amax(dim=1))
+            values, index = matrix.max(dim=0)
+            index = torch.where(values > 0, near[index], 0)
+        best.append(values)
+        indices.append(index)
+    # To an object that nothing touches all candidates are equally good.
+    untouched = (highest == 0).any()
+    for part, near in chunks:
+        matrix = overlap(objects[near], part)
+        is_best.append(untouched | (matrix == highest[near, None]).any(dim=0))
+    return torch.cat(best), torch.cat(indices), torch.cat(is_best)
+
+
+def _touching(objects: Tensor, candidates: Tensor) -> Tensor:
+    """Indices of the objects that touch the box around all candidates."""
+    low, high = candidates[:, :2].amin(dim=0), candidates[:, 2:].amax(dim=0)
+    touching = (objects[:, :2] < high).all(dim=1) & (objects[:, 2:] > low).all(dim=1)
+    return touching.nonzero()[:, 0]

@@ -141,6 +141,9 @@ class CheckedMapper(DatasetMapper):
         mapper.augmentations = T.AugmentationList(
             [*self._before_augmentation(dataset_dict), *self.augmentations.augs]
         )
+        # Without objects there are no masks to compute boxes from, and Detectron2 would try.
+        objects = (not row.get("iscrowd", 0) for row in dataset_dict.get("annotations", ()))
+        mapper.recompute_boxes = self.recompute_boxes and any(objects)
         try:
             mapped: dict[str, Any] = DatasetMapper.__call__(mapper, dataset_dict)
         except (OSError, SizeMismatchError) as error:

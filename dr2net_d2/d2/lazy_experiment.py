@@ -236,6 +236,7 @@ def _check_key(cfg: DictConfig, key: str) -> None:
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "train": ("seed", "accumulation_steps", "ema_decay", "fsdp", "best_metric", "expected_results"),
     "train.amp": ("dtype",),
+    "dr2net": ("slicing",),
 }
 """Fields that Detectron2's configs lack and ``LazyExperiment`` reads."""
 

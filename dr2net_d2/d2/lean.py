@@ -124,7 +124,8 @@ def _match(matcher: Matcher, objects: Boxes, anchors: Boxes) -> tuple[Tensor, Te
     if not len(objects):
         return matcher(pairwise_iou(objects, anchors))
     iou, matches, is_best = best_matches(
-        lambda part: pairwise_iou(objects, Boxes(part)),
+        lambda some, part: pairwise_iou(Boxes(some), Boxes(part)),
+        objects.tensor,
         anchors.tensor,
         max(MATCHED_AT_ONCE // len(objects), 1),
     )

@@ -205,18 +205,21 @@ def seen_whole(boxes: np.ndarray, tiles: np.ndarray, height: int, width: int) ->
 
 
 def within_better_whole(
-    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, cut: np.ndarray, fraction: float
+    boxes: np.ndarray, labels: np.ndarray, cut: np.ndarray, fraction: float, most: int
 ) -> np.ndarray:
     """``(n,)`` bool: which cut boxes lie in a better whole one of their class.
 
     Args:
-        boxes, scores, labels: ``(n, 4)``, ``(n,)``, ``(n,)``.
+        boxes, labels: ``(n, 4)``, ``(n,)``, best first.
         cut: ``(n,)`` bool, those that a border has cut.
         fraction: of a box's area from which it lies in another.
+        most: boxes that are wanted; behind so many, none is looked at.
     """
     within = np.zeros(len(boxes), dtype=bool)
     for part in cut.nonzero()[0]:
-        better = ~cut & (labels == labels[part]) & (scores >= scores[part])
-        held = visible_fractions(boxes[part : part + 1], boxes[better])
+        if part - within.sum() >= most:
+            break
+        better = ~cut[:part] & (labels[:part] == labels[part])
+        held = visible_fractions(boxes[part : part + 1], boxes[:part][better])
         within[part] = (held >= fraction).any()
     return within

@@ -108,7 +108,7 @@ class LeanRegionProposalNetwork(RegionProposalNetwork):
 def _match(matcher: Matcher, objects: Tensor, anchors: Tensor) -> Tensor:
     """What ``matcher`` gives for the IoUs of at least one object with ``anchors``."""
     iou, best, is_best = best_matches(
-        lambda part: box_iou(objects, part), anchors, max(MATCHED_AT_ONCE // len(objects), 1)
+        box_iou, objects, anchors, max(MATCHED_AT_ONCE // len(objects), 1)
     )
     by_threshold = copy.copy(matcher)
     by_threshold.allow_low_quality_matches = False

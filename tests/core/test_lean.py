@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import box_iou
 
 from dr2net_d2.core import SimpleFeaturePyramid
 from dr2net_d2.core.lean import (
@@ -361,17 +362,29 @@ def test_values_of_one_with_the_gradient_of_another():
     assert other.grad.tolist() == [2, 3]
 
 
+@pytest.mark.parametrize("far", [False, True], ids=["all touched", "one untouched"])
 @pytest.mark.parametrize("chunk", [1, 7, 40, 1000])
-def test_matches_in_chunks_are_those_of_the_whole_matrix(chunk):
-    # Few values, so that there are ties.
-    matrix = torch.randint(0, 4, (5, 40)).float()
-    candidates = torch.arange(40).float()[:, None].expand(-1, 4)
-    values, best, is_best = best_matches(
-        lambda part: matrix[:, part[:, 0].long()], candidates, chunk
-    )
+def test_matches_in_chunks_are_those_of_the_whole_matrix(chunk, far):
+    # On a coarse grid, so that there are ties; sorted, so that chunks leave objects out.
+    corners = torch.randint(0, 12, (45, 2)).float()
+    boxes = torch.cat([corners, corners + torch.randint(1, 4, (45, 2))], dim=1)
+    objects, candidates = boxes[:5], boxes[5:][boxes[5:, 1].argsort()]
+    if far:
+        objects = torch.cat([objects, torch.tensor([[90.0, 90, 99, 99]])])
+    matrix = box_iou(objects, candidates)
+    compared = 0
+
+    def overlap(some, part):
+        nonlocal compared
+        compared += len(some) * len(part)
+        return box_iou(some, part)
+
+    values, best, is_best = best_matches(overlap, objects, candidates, chunk)
     assert torch.equal(values, matrix.max(dim=0).values)
     assert torch.equal(best, matrix.max(dim=0).indices)
     assert torch.equal(is_best, (matrix == matrix.amax(dim=1, keepdim=True)).any(dim=0))
+    assert is_best.all() == far
+    assert compared <= 2 * matrix.numel() * (0.7 if chunk < 40 else 1)
 
 
 def test_a_lean_pyramid_can_be_copied():

@@ -8,8 +8,9 @@ import torch
 from detectron2.config import instantiate
 from detectron2.modeling.backbone import vit as stock
 
-from dr2net_d2.d2 import Dr2NetBackbone, Dr2NetPyramid, run
+from dr2net_d2.d2 import Dr2NetBackbone, Dr2NetPyramid, lazy_experiment, run
 from dr2net_d2.d2.lazy_experiment import LazyExperiment, load_lazy_config
+from dr2net_d2.d2.slicing import SlicedDetector
 from dr2net_d2.d2.zoo import zoo_config
 from dr2net_d2.errors import ConfigError, DatasetError, WeightsError
 from tests.d2.tiny import batch
@@ -104,6 +105,7 @@ DIGITS = (
     "dataloader.train.dataset.names = dataloader.test.dataset.names = names\n"
     "train.amp.enabled = False\n"
 )
+BOXES = "COCO-Detection/faster_rcnn_vitdet_b.py"
 SMALL = "model.backbone.net.update(embed_dim=32, depth=1, num_heads=2, window_block_indexes=[])\n"
 CLASSES = "model.roi_heads.num_classes = 10\n"
 READY = OWN + DIGITS + SMALL + CLASSES
@@ -153,3 +155,43 @@ def test_optional_fields_and_new_arguments_can_be_overridden(tmp_path):
     cfg = load_lazy_config(arguments(tmp_path, READY).config_file, opts)
     assert (cfg.train.seed, cfg.train.amp.dtype) == (3, "bfloat16")
     assert cfg.model.backbone.net.reversible is False
+
+
+TILES = """
+from detectron2.config import LazyCall as L
+from dr2net_d2.d2.data import tile_dicts
+from dr2net_d2.data.tiling import Grid
+from dr2net_d2.slicing import Slicing
+
+large = "small_digits_val_n1_s128_d6"
+dataloader.train.dataset = L(tile_dicts)(names=large, size=64, min_visible=0.5)
+dataloader.test.dataset.names = large
+dataloader.test.num_workers = 0
+dataloader.test.mapper.augmentations[0].update(short_edge_length=48, max_size=48)
+dr2net.slicing = L(Slicing)(grid=L(Grid)(size=64, overlap=0.25), most=50)
+"""
+
+
+def test_tiles_are_trained_on_and_evaluated_in(tmp_path, monkeypatch):
+    source = READY.replace(str(CONFIG), str(CONFIG.parents[1] / BOXES)) + TILES
+    experiment = LazyExperiment(arguments(tmp_path, source))
+    tiles = instantiate(experiment.cfg.dataloader.train.dataset)
+    assert 3 < len(tiles) <= 9 and all("tile" in row for row in tiles)
+
+    evaluated = []
+    monkeypatch.setattr(
+        lazy_experiment, "inference_on_dataset", lambda *args: evaluated.append(args) or {}
+    )
+    experiment.evaluate(experiment.model, True)
+    ((model, loader, _),) = evaluated
+    assert isinstance(model, SlicedDetector) and model.model is experiment.model
+    assert (model.slicing.grid.size, model.slicing.most) == (64, 50)
+    ((given,),) = loader
+    assert given["image"].shape == (3, 128, 128)
+    assert model._resized(given["image"][:, :64, :60])["image"].shape == (3, 48, 45)
+    assert len(experiment.cfg.dataloader.test.mapper.augmentations) == 1
+
+
+def test_masks_are_not_merged(tmp_path):
+    with pytest.raises(ConfigError, match=r"finds masks as well"):
+        LazyExperiment(arguments(tmp_path, READY + TILES))
