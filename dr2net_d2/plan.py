@@ -53,7 +53,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--image-size",
         type=int,
         metavar="PX",
-        help="side of the square images; MODEL.VIT.IMG_SIZE, or of a resized tile, unless given",
+        help="side of the square images; unless given, INPUT.LSJ's, a resized tile's, or "
+        "MODEL.VIT.IMG_SIZE",
     )
     parser.add_argument(
         "--batch-size", type=int, default=1, metavar="N", help="images on one GPU, default: 1"

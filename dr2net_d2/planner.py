@@ -208,13 +208,13 @@ def pairs_of_schedule(cfg: CfgNode) -> list[tuple[float, float]]:
 def training_side(cfg: CfgNode) -> int:
     """Side in px of the square images that a training goes through.
 
-    MODEL.VIT.IMG_SIZE; with INPUT.TILES what its tiles are at most resized or cropped to.
+    INPUT.LSJ's crop; with INPUT.TILES what its tiles are at most resized to; MODEL.VIT.IMG_SIZE.
     """
     data = cfg.INPUT
-    if not data.TILES.ENABLED:
-        return cfg.MODEL.VIT.IMG_SIZE
     if data.LSJ.ENABLED:
         return data.LSJ.IMAGE_SIZE
+    if not data.TILES.ENABLED:
+        return cfg.MODEL.VIT.IMG_SIZE
     shortest = max(data.MIN_SIZE_TRAIN)
     return min(shortest, data.MAX_SIZE_TRAIN) if shortest else data.TILES.SIZE
 
