@@ -152,11 +152,11 @@ class DryRun:
             self._loss(self._inputs(image_size, batch_size, objects))
         return saved.total
 
-    def flops(self, image_size: int, batch_size: int, objects: int) -> int:
-        """Floating-point operations of the products in forward and backward; 2 a multiply-add."""
+    def flops(self, image_size: int, objects: int) -> int:
+        """Operations of an image's products in forward and backward; a multiply-add is two."""
         counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
         with self._on_gpu(chunks=None), counter:
-            differentiate(self._loss(self._inputs(image_size, batch_size, objects)))
+            differentiate(self._loss(self._inputs(image_size, 1, objects)))
         return counter.get_total_flops()
 
     @contextmanager

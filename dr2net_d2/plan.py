@@ -108,7 +108,7 @@ def plan_arm(planner: Planner, side: int, batch: int, budget: int) -> dict[str, 
 def time_of_iteration(planner: Planner, side: int, batch: int, tflops: float) -> dict[str, Any]:
     """Its "tflop" and the "seconds" that ``tflops`` TFLOP/s take for them."""
     logger.info("%s: counting the arithmetic", planner.arm)
-    tflop = planner.flops(side, batch) / 1e12
+    tflop = batch * planner.flops(side) / 1e12
     return {"tflop": tflop, "seconds": tflop / tflops}
 
 

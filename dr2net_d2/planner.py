@@ -140,10 +140,13 @@ class Planner:
         self._set(coefficients)
         return self._run.iterate(image_size, batch_size, self.objects).peak
 
-    def flops(self, image_size: int, batch_size: int = 1) -> int:
-        """Floating-point operations of the products of one iteration, recomputation included."""
+    def flops(self, image_size: int) -> int:
+        """Floating-point operations of an image's products, recomputation in the backward included.
+
+        Every chunk of attention is gone through, which takes minutes for images of 2000 px.
+        """
         self._set(None)
-        return self._run.flops(image_size, batch_size, self.objects)
+        return self._run.flops(image_size, self.objects)
 
     @cached_property
     def _costliest(self) -> tuple[float, float]:
