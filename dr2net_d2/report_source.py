@@ -1,0 +1,111 @@
+"""What a report is about: the test set and protocol that config.yaml records, and the results."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dr2net_d2.errors import ConfigError, DatasetError
+
+RESULTS_FILE = Path("inference", "coco_instances_results.json")
+
+_KEYS = {"image_id", "category_id", "bbox", "score"}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was evaluated, and by what; ``detections_per_image`` is of the protocol "coco"."""
+
+    dataset: str
+    protocol: str = "coco"
+    detections_per_image: int = 100
+
+
+def recorded(output_dir: Path, dataset: str | None, protocol: str | None) -> Recorded:
+    """Read config.yaml of a training, of a YAML config or a LazyConfig.
+
+    Args:
+        output_dir: where it lies; it need not if a dataset is given.
+        dataset, protocol: in place of those of the config.
+
+    Raises:
+        ConfigError: no config, or one that does not tell the dataset, and none is given.
+    """
+    path = output_dir / "config.yaml"
+    if not path.is_file():
+        if dataset is None:
+            raise ConfigError(
+                f"{path} does not exist; give the OUTPUT_DIR of a training, or --dataset and "
+                "--results"
+            )
+        return Recorded(dataset, protocol or "coco")
+    try:
+        config = yaml.load(path.read_text(), _PlainLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} cannot be read ({reason}); restore it") from error
+    test = _at(config, "TEST") or {}
+    evaluator = _at(config, "dataloader", "evaluator") or {}
+    # Several test sets share one file of results, which is that of the last in the end.
+    names = _at(config, "DATASETS", "TEST") or _at(config, "dataloader", "test", "dataset", "names")
+    name = dataset or (names[-1] if isinstance(names, list) and names else names)
+    if not isinstance(name, str) or name.startswith("${"):
+        raise ConfigError(
+            f"{path} names no test set (found {reprlib.repr(names)}); give --dataset"
+        )
+    most = test.get("DETECTIONS_PER_IMAGE") or evaluator.get("max_dets_per_image")
+    named = test.get("PROTOCOL") or evaluator.get("protocol") or "coco"
+    return Recorded(name, protocol or named, most if isinstance(most, int) else 100)
+
+
+def read_detections(path: Path) -> list[dict[str, Any]]:
+    """Read results in COCO format.
+
+    Raises:
+        ConfigError: no such file.
+        DatasetError: it is not JSON, or not of boxes.
+    """
+    try:
+        results = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: {error.strerror}; train_net.py writes it when it evaluates (--eval-only, "
+            "DATASETS.TEST), or give --results"
+        ) from None
+    except ValueError as error:
+        raise DatasetError(f"{path}: not JSON, or cut short ({error}); evaluate again") from None
+    if not isinstance(results, list):
+        raise DatasetError(f"{path}: not a list of results; COCO format has a list of objects")
+    for row in results:
+        if not isinstance(row, dict) or not row.keys() >= _KEYS or len(row["bbox"]) != 4:
+            raise DatasetError(
+                f"{path}: result {reprlib.repr(row)}; each needs {', '.join(sorted(_KEYS))}, the "
+                "bbox as x, y, width, height"
+            )
+    return results
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Takes Python's tags, which LazyConfig.save leaves, for the plain values below them."""
+
+
+def _plain(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return node.value
+
+
+_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _plain)
+
+
+def _at(config: Any, *keys: str) -> Any:
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
