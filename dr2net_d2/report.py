@@ -30,6 +30,7 @@ from dr2net_d2.errors import ConfigError
 from dr2net_d2.evaluation import PROTOCOLS, Evaluation, Protocol, choose_protocol, evaluate_boxes
 from dr2net_d2.evaluation import breakdowns as parts
 from dr2net_d2.evaluation.errors import (
+    CLASSIFICATION,
     DUPLICATE,
     KINDS,
     Errors,
@@ -38,7 +39,7 @@ from dr2net_d2.evaluation.errors import (
     find_errors,
 )
 from dr2net_d2.evaluation.tables import GroundTruth, Table, read_results, read_truth
-from dr2net_d2.report_page import Picture, WorstImage, encode, write_page
+from dr2net_d2.report_page import Picture, WorstImage, describe, encode, write_page
 from dr2net_d2.report_pictures import DARK, LIGHT, PICTURES, draw_curves
 from dr2net_d2.report_scenes import CROP, WHOLE, Scene, contact_sheet, draw_scene
 from dr2net_d2.report_source import RESULTS_FILE, read_detections, recorded
@@ -157,7 +158,13 @@ def gather(
             "precision": right / (right + wrong) if right + wrong else None,
             "recall": right / objects if objects else None,
         },
-        "errors": {"AP50": errors.ap50, "kinds": _kinds(errors, score)},
+        "errors": {
+            "AP50": errors.ap50,
+            "kinds": _kinds(errors, score),
+            "false positives": errors.gains["false positives"],
+            "false negatives": errors.gains["false negatives"],
+            "by_size": parts.kinds_by_side(errors, truth, results, score),
+        },
         "sizes": {"groups": sizes, "protocol": evaluation.per_size},
         "curves": {
             "recall": parts.recalls(),
@@ -177,8 +184,6 @@ def gather(
         "calibration": parts.calibration(errors),
         "density": parts.recall_by_density(errors, truth),
     }
-    data["errors"]["false positives"] = errors.gains["false positives"]
-    data["errors"]["false negatives"] = errors.gains["false negatives"]
     finite: dict[str, Any] = _finite(data)
     return finite
 
@@ -251,10 +256,7 @@ def _write(
             crops.append(crop)
             images.append(WorstImage(row, encode(crop), encode(whole)))
             progress.update()
-    titles = [
-        f"{Path(row['file_name']).name}\n{row['missed']} missed, {row['wrong']} wrong"
-        for row in data["worst"]
-    ]
+    titles = [f"{Path(row['file_name']).name}\n{describe(row)}" for row in data["worst"]]
     if crops:
         contact_sheet(crops, titles).savefig(folder / "contact_sheet.png")
     Path(folder, "report.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
@@ -275,31 +277,35 @@ def make_scene(
         pixels: ``(H, W, 3)`` uint8, RGB.
         image: its position in the truth.
     """
-    objects = truth.objects
+    objects, names = truth.objects, truth.classes
     g = np.flatnonzero(objects.image == image)
     d = np.flatnonzero((results.image == image) & errors.wrong & (results.score >= score))
-    duplicate = errors.kind[d] == DUPLICATE
+    confused, duplicate = (d[errors.kind[d] == kind] for kind in (CLASSIFICATION, DUPLICATE))
+    others = np.setdiff1d(d, [*confused, *duplicate])
     hit = errors.found_score[g] >= score
-    missed = g[errors.to_find[g] & ~hit]
+    # What is taken for another class is shown by that detection.
+    missed = np.setdiff1d(g[errors.to_find[g] & ~hit], errors.target[confused])
     regions = truth.regions[truth.region_image == image]
 
-    def named(rows: np.ndarray) -> list[str]:
-        labels = zip(results.category[rows].tolist(), results.score[rows], strict=True)
-        return [f"{truth.classes[k]} {value:.2f}" for k, value in labels]
+    def named(rows: np.ndarray, table: Table) -> list[str]:
+        return [names[k] for k in table.category[rows].tolist()]
 
+    mistaken = zip(named(errors.target[confused], objects), named(confused, results), strict=True)
     return Scene(
         pixels=pixels,
         boxes={
             "ignored": np.concatenate([objects.xywh[g[~errors.to_find[g]]], regions]),
             "found": objects.xywh[g[errors.to_find[g] & hit]],
             "missed": objects.xywh[missed],
-            "false positive": results.xywh[d[~duplicate]],
-            "duplicate": results.xywh[d[duplicate]],
+            "wrong class": results.xywh[confused],
+            "false positive": results.xywh[others],
+            "duplicate": results.xywh[duplicate],
         },
         captions={
-            "missed": [truth.classes[k] for k in objects.category[missed].tolist()],
-            "false positive": named(d[~duplicate]),
-            "duplicate": named(d[duplicate]),
+            "missed": named(missed, objects),
+            "wrong class": [f"{one} → {other}" for one, other in mistaken],
+            "false positive": named(others, results),
+            "duplicate": named(duplicate, results),
         },
     )
 

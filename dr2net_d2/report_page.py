@@ -51,6 +51,17 @@ def encode(picture: np.ndarray) -> str:
     return _uri("jpeg", data.tobytes())
 
 
+def describe(row: Data) -> str:
+    """A row of report.json's "worst" in words."""
+    notes = [
+        f"{row[key]:,} {words}"
+        for key, words in (("wrong class", "by their class"), ("duplicates", "duplicates"))
+        if row[key]
+    ]
+    text = f"{row['missed']:,} missed, {row['wrong']:,} wrong"
+    return f"{text} ({', '.join(notes)})" if notes else text
+
+
 def write_page(
     path: Path, data: Data, pictures: Mapping[str, Picture], worst: Sequence[WorstImage]
 ) -> None:
@@ -108,8 +119,9 @@ def _headline(data: Data) -> Section:
         f"<b>{_number(value)}</b></div>"
         for name, value in [main, *listed]
     )
+    always = ("images", "objects", "detections")
     counts = " · ".join(
-        f"{value:,} {name}" for name, value in data["counts"].items() if value or name != "ignore "
+        f"{value:,} {name}" for name, value in data["counts"].items() if value or name in always
     )
     best = data["threshold"]
     text = (
@@ -193,7 +205,11 @@ def _limits(data: Data, pictures: Mapping[str, Picture]) -> Section:
     return (
         "limits",
         "What limits AP",
-        f"<p class=finding>{finding}</p>{_figure(pictures, 'limits', 'gain by kind of error')}"
+        f"<p class=finding>{finding}</p>"
+        + _pair(
+            _figure(pictures, "limits", "gain by kind of error"),
+            _figure(pictures, "kinds_by_size", "number of errors of each kind by size"),
+        )
         + _table(
             ("kind", "what it is", "all", "at the threshold", "AP50 gained", "look at"),
             rows,
@@ -267,7 +283,7 @@ def _confusion(data: Data, pictures: Mapping[str, Picture]) -> Section:
     chart = _figure(pictures, "confusion", "confusion matrix", wide=many)
     rows = [
         (row["object"], row["detected as"], f"{row['number']:,}", _percent(row["share"]))
-        for row in content["largest"]
+        for row in content["largest"][: None if many else 12]
     ]
     largest = "<p>No class is taken for another.</p>"
     if rows:
@@ -318,8 +334,16 @@ def _scores(data: Data, pictures: Mapping[str, Picture]) -> Section:
 
 def _worst(data: Data, worst: Sequence[WorstImage]) -> Section:
     if not worst:
-        return "worst", "Worst images", "<p>None: nothing is missed or wrong, or none asked for.</p>"
-    names = {"false positive": "false positive, with its score", "missed": "missed object"}
+        return (
+            "worst",
+            "Worst images",
+            "<p>None: nothing is missed or wrong, or none asked for.</p>",
+        )
+    names = {
+        "missed": "missed object",
+        "wrong class": "wrong class (object → detected as)",
+        "false positive": "other false positive",
+    }
     legend = "".join(
         f'<span><i style="border:2px {_CSS_LINES[line]} {colour}"></i>{names.get(name, name)}'
         "</span>"
@@ -329,10 +353,7 @@ def _worst(data: Data, worst: Sequence[WorstImage]) -> Section:
     for place, image in enumerate(worst):
         row = image.row
         name = escape(Path(row["file_name"]).name)
-        text = (
-            f"{row['missed']:,} missed, {row['wrong']:,} wrong, "
-            f"{row['duplicates']:,} of them duplicates"
-        )
+        text = describe(row)
         cards.append(
             f'<figure><a href="#image{place}" title="the whole image"><img src="{image.crop}" '
             f'alt="worst region of {name}"></a><figcaption><b>{name}</b><br>{text}</figcaption>'
@@ -351,7 +372,7 @@ def _worst(data: Data, worst: Sequence[WorstImage]) -> Section:
     )
 
 
-_CSS_LINES = {"-": "solid", "--": "dashed", ":": "dotted"}
+_CSS_LINES = {"-": "solid", "--": "dashed", "-.": "dashed", ":": "dotted"}
 
 
 def _figure(pictures: Mapping[str, Picture], name: str, alt: str, wide: bool = False) -> str:

@@ -62,6 +62,26 @@ def draw_limits(data: Data, theme: Theme) -> Figure:
     return figure
 
 
+def draw_kinds_by_size(data: Data, theme: Theme) -> Figure:
+    """How many errors of each kind, by size."""
+    figure, axes = _panel(theme, 6.4, 3.9)
+    rows = data["errors"]["by_size"]
+    bottom = np.zeros(len(rows))
+    hatches = ("", "///", "", "...", "", "\\\\\\")
+    names = rows[0]["kinds"] if rows else ()
+    for name, colour, hatch in zip(names, theme.colours, hatches, strict=False):
+        numbers = np.array([row["kinds"][name] for row in rows], float)
+        style = {"color": colour, "hatch": hatch, "edgecolor": theme.paper, "lw": 0}
+        axes.bar(range(len(rows)), numbers, 0.82, bottom=bottom, **style, label=name)
+        bottom += numbers
+    _size_axis(axes, rows, "side of the detection, or of the missed object / px")
+    axes.set_ylabel(f"errors, score ≥ {data['threshold']['score']:.2f}")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    return _dressed(figure)
+
+
 def draw_missed(data: Data, theme: Theme) -> Figure:
     """Found and missed objects by size."""
     figure, axes = _panel(theme)
@@ -83,8 +103,8 @@ def draw_missed(data: Data, theme: Theme) -> Figure:
     axes.set_ylim(0, 1.25 * max([*objects, 1]))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
-    _legend(axes, loc="upper right", ncols=1)
-    return figure
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return _dressed(figure)
 
 
 def draw_recall_by_size(data: Data, theme: Theme) -> Figure:
@@ -92,7 +112,7 @@ def draw_recall_by_size(data: Data, theme: Theme) -> Figure:
     figure, axes = _panel(theme)
     _draw_recalls(axes, theme, data["sizes"]["groups"])
     _size_axis(axes, data["sizes"]["groups"])
-    return figure
+    return _dressed(figure)
 
 
 def draw_recall_by_density(data: Data, theme: Theme) -> Figure:
@@ -103,7 +123,8 @@ def draw_recall_by_density(data: Data, theme: Theme) -> Figure:
     labels = [f"{_range(row, whole=True)}\n({row['images']:,})" for row in rows]
     axes.set_xticks(range(len(rows)), labels)
     axes.set_xlabel("objects in the image (number of such images)")
-    return figure
+    axes.set_xlim(-0.5, len(rows) - 0.5)
+    return _dressed(figure)
 
 
 def draw_curves(data: Data, theme: Theme, iou: str) -> Figure:
@@ -124,8 +145,8 @@ def draw_curves(data: Data, theme: Theme, iou: str) -> Figure:
     axes.set_xlabel(f"recall at IoU {float(iou):g}")
     axes.set_ylabel("precision")
     if rows:
-        _legend(axes, loc="lower left", title="size (objects)")
-    return figure
+        axes.legend(loc="lower left", title="size (objects)")
+    return _dressed(figure)
 
 
 def draw_confusion(data: Data, theme: Theme) -> Figure:
@@ -153,10 +174,8 @@ def draw_confusion(data: Data, theme: Theme) -> Figure:
     axes.axvline(count - 0.5, color=theme.ink, lw=1)
     places = range(count + 1)
     plain = {"fontsize": size, "parse_math": False}
-    axes.set_xticks(places, [*names, "missed"], rotation=90 if count > 10 else 45, **plain)
-    if count <= 10:
-        for label in axes.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
+    short = count <= 12 and max(map(len, names), default=0) <= 3
+    axes.set_xticks(places, [*names, "missed"], rotation=0 if short else 90, **plain)
     axes.set_yticks(places, [*names, "background"], **plain)
     axes.set_xlabel("detected as")
     axes.set_ylabel("object of class, per cent of a row")
@@ -182,12 +201,12 @@ def draw_scores(data: Data, theme: Theme) -> Figure:
         axes.stairs(numbers, edges, color=colour, ls=line, lw=2.2, label=label)
     _threshold_line(axes, theme, data)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(0, None)
     axes.set_xlim(0, 1)
     axes.set_xlabel("score")
     axes.set_ylabel("detections (logarithmic)")
-    _legend(axes, loc="upper right")
-    return figure
+    axes.set_ylim(0, 30 * max(1, *(max(scores[name]) for name in styles)))
+    axes.legend(loc="upper center", ncols=2)
+    return _dressed(figure)
 
 
 def draw_suppression(data: Data, theme: Theme) -> Figure:
@@ -208,21 +227,22 @@ def draw_calibration(data: Data, theme: Theme) -> Figure:
     """The share of right detections by score."""
     figure, axes = _panel(theme)
     rows = data["calibration"]
-    axes.plot([0, 1], [0, 1], ls=":", color=theme.ink, lw=1.2)
-    axes.text(0.53, 0.5, "score = precision", rotation=33, fontsize=9, color=theme.ink, va="top")
+    axes.plot([0, 1], [0, 1], ls=":", color=theme.ink, lw=1.6, label="precision = score")
     for row in rows:
         width = row["high"] - row["low"]
         axes.bar(row["low"], row["precision"], width, align="edge", color=theme.colours[0],
-                 alpha=0.85, edgecolor=theme.paper, lw=1.2)  # fmt: skip
+                 edgecolor=theme.paper, lw=1.2)  # fmt: skip
     _threshold_line(axes, theme, data)
     _unit(axes)
     axes.set_xlabel("score")
     axes.set_ylabel("precision of the detections there")
-    return figure
+    axes.legend(loc="upper left")
+    return _dressed(figure)
 
 
 PICTURES: dict[str, Callable[[Data, Theme], Figure]] = {
     "limits": draw_limits,
+    "kinds_by_size": draw_kinds_by_size,
     "missed_by_size": draw_missed,
     "recall_by_size": draw_recall_by_size,
     "confusion": draw_confusion,
@@ -266,15 +286,15 @@ def _draw_recalls(axes: Axes, theme: Theme, rows: Sequence[Data]) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel("recall at IoU 0.5")
     if rows:
-        _legend(axes, loc="best")
+        axes.legend(loc="best")
 
 
-def _size_axis(axes: Axes, rows: Sequence[Data]) -> None:
+def _size_axis(axes: Axes, rows: Sequence[Data], label: str = "side of the object / px") -> None:
     crowded = len(rows) > 8
     labels = [_range(row) for row in rows]
     axes.set_xticks(range(len(rows)), labels, rotation=40 if crowded else 0)
     axes.set_xlim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("side of the object / px")
+    axes.set_xlabel(label)
 
 
 def _range(row: Data, whole: bool = False) -> str:
@@ -307,12 +327,16 @@ def _unit(axes: Axes) -> None:
     axes.set_ylim(0, 1.03)
 
 
-def _legend(axes: Axes, **options: Any) -> None:
-    legend = axes.legend(frameon=True, framealpha=0.85, fontsize=9, title_fontsize=9, **options)
-    legend.get_frame().set(facecolor=axes.get_facecolor(), edgecolor="none")
-    ink = axes.xaxis.label.get_color()
-    for text in (*legend.get_texts(), legend.get_title()):
-        text.set_color(ink)
+def _dressed(figure: Figure) -> Figure:
+    """Legends in the colours of the theme."""
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    if legend is not None:
+        legend.get_frame().set(facecolor=axes.get_facecolor(), edgecolor="none", alpha=0.85)
+        legend.get_title().set_fontsize(9)
+        for text in (*legend.get_texts(), legend.get_title()):
+            text.set(color=axes.xaxis.label.get_color(), fontsize=9)
+    return figure
 
 
 def _short(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Images with what is wrong in them: missed objects, false positives, duplicates."""
+"""Images with what is wrong in them: missed objects, wrong classes, false positives, duplicates."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ STYLES: dict[str, tuple[str, str, float]] = {
     "ignored": ("#BBBBBB", ":", 1.0),
     "found": ("#FFFFFF", "-", 0.9),
     "missed": ("#FF7A1A", "-", 2.2),
+    "wrong class": ("#E58FC0", "-.", 2.0),
     "false positive": ("#56B4E9", "--", 2.0),
     "duplicate": ("#F0E442", ":", 2.2),
 }
 """Group of boxes -> colour, line and its width in points; later ones are drawn over earlier."""
 
-CROP, WHOLE = 720, 1280
+CROP, WHOLE = 600, 1280
 """Px of the longer side of the pictures."""
 
 _DPI = 120
@@ -53,7 +54,7 @@ class Scene:
         It is about 12 of their sides wide, so that small objects can be seen.
         """
         height, width = self.pixels.shape[:2]
-        groups = ("missed", "false positive", "duplicate")
+        groups = ("missed", "wrong class", "false positive", "duplicate")
         boxes = np.concatenate([self.boxes[name] for name in groups])
         if not len(boxes):
             return 0, 0, width, height
@@ -99,9 +100,16 @@ def draw_scene(scene: Scene, window: tuple[int, int, int, int], longest: int) ->
             # Around the object, which the line must not hide.
             axes.add_patch(
                 Rectangle(
-                    (left - 2, top - 2), w + 4, h + 4, fill=False, ec=colour, ls=line,
-                    lw=thickness, path_effects=[withStroke(linewidth=thickness + 1.6,
-                    foreground="#000000", alpha=0.55)],
+                    (left - 2, top - 2),
+                    w + 4,
+                    h + 4,
+                    fill=False,
+                    ec=colour,
+                    ls=line,
+                    lw=thickness,
+                    path_effects=[
+                        withStroke(linewidth=thickness + 1.6, foreground="#000000", alpha=0.55)
+                    ],
                 )  # fmt: skip
             )
         drawn.append(boxes[visible])
@@ -147,12 +155,12 @@ def _write_captions(
     # Those with a caption first, as place_labels goes by their order.
     order = [*rows, *(i for i in range(len(boxes)) if i not in set(rows))]
     texts = [caption for caption in captions if caption is not None]
-    extents = [(round(6.6 * len(text)) + 8, 17) for text, _ in texts]
+    extents = [(round(8.1 * len(text)) + 6, 18) for text, _ in texts]
     extents += [(0, 0)] * (len(order) - len(rows))
     places = place_labels(corners[order].round().astype(int), extents, size)
     for (left, top), (width, height), (text, colour) in zip(places, extents, texts, strict=False):
         axes.add_patch(Rectangle((left, top), width, height, fc=colour, ec="none", alpha=0.9))
         axes.text(
-            left + width / 2, top + height / 2, text, fontsize=7.5, color="black", ha="center",
+            left + width / 2, top + height / 2, text, fontsize=8, color="black", ha="center",
             va="center", parse_math=False, family="DejaVu Sans Mono",
         )  # fmt: skip

@@ -55,9 +55,7 @@ def recorded(output_dir: Path, dataset: str | None, protocol: str | None) -> Rec
     names = _at(config, "DATASETS", "TEST") or _at(config, "dataloader", "test", "dataset", "names")
     name = dataset or (names[-1] if isinstance(names, list) and names else names)
     if not isinstance(name, str) or name.startswith("${"):
-        raise ConfigError(
-            f"{path} names no test set (found {reprlib.repr(names)}); give --dataset"
-        )
+        raise ConfigError(f"{path} names no test set (found {reprlib.repr(names)}); give --dataset")
     most = test.get("DETECTIONS_PER_IMAGE") or evaluator.get("max_dets_per_image")
     named = test.get("PROTOCOL") or evaluator.get("protocol") or "coco"
     return Recorded(name, protocol or named, most if isinstance(most, int) else 100)

@@ -46,7 +46,7 @@ figure { margin:0; min-width:0 }
   background:#3a424b; color:#fff; font-size:.9rem; max-width:none }
 .legend span { display:inline-flex; align-items:center; gap:.45rem }
 .legend i { width:1.3rem; height:1rem }
-.sheet { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(17rem,100%),1fr));
+.sheet { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));
   gap:1.2rem }
 .sheet img { display:block; width:100%; aspect-ratio:1; object-fit:contain; background:#000;
   border-radius:.4rem }

@@ -10,7 +10,7 @@ import numpy as np
 
 from dr2net_d2.evaluation.boxes import Evaluation
 from dr2net_d2.evaluation.curves import RECALLS
-from dr2net_d2.evaluation.errors import DUPLICATE, Errors
+from dr2net_d2.evaluation.errors import CLASSIFICATION, DUPLICATE, KINDS, LOCALISATION, Errors
 from dr2net_d2.evaluation.tables import GroundTruth, Table
 
 SCORES = (0.0, 0.1, 0.3, 0.5, 0.7)
@@ -30,6 +30,29 @@ Row = dict[str, Any]
 def recall_by_side(errors: Errors, truth: GroundTruth) -> list[Row]:
     """How many objects of each size are found; groups from the first to the last with objects."""
     return _recall(errors, np.sqrt(truth.objects.area), SIDES)
+
+
+def kinds_by_side(
+    errors: Errors, truth: GroundTruth, results: Table, least_score: float
+) -> list[Row]:
+    """How many errors of each kind, by the side of the detection, or of the missed object.
+
+    Of detections from a score on; "missed" are all objects that are not found by one of them, but
+    those that a classification or localisation error from there on points to.
+    """
+    kept = (errors.kind >= 0) & (errors.score >= least_score)
+    covered = np.zeros(len(errors.to_find), bool)
+    covered[errors.target[kept & np.isin(errors.kind, (CLASSIFICATION, LOCALISATION))]] = True
+    missed = errors.to_find & (errors.found_score < least_score) & ~covered
+    sides = np.sqrt(np.append(results.area[kept], truth.objects.area[missed]))
+    kind = np.append(errors.kind[kept], np.full(np.count_nonzero(missed), KINDS.index("missed")))
+    numbers = np.zeros((len(SIDES) - 1, len(KINDS)), int)
+    np.add.at(numbers, (np.searchsorted(SIDES, sides, "right") - 1, kind), 1)
+    inhabited = np.flatnonzero(numbers.any(axis=1)).tolist()
+    return [
+        {**_group(SIDES, index), "kinds": dict(zip(KINDS, numbers[index].tolist(), strict=True))}
+        for index in (range(inhabited[0], inhabited[-1] + 1) if inhabited else ())
+    ]
 
 
 def recall_by_density(errors: Errors, truth: GroundTruth) -> list[Row]:
@@ -143,7 +166,7 @@ def per_class(errors: Errors, truth: GroundTruth, results: Table, least_score: f
     rows = []
     at_least = errors.score >= least_score
     for k in errors.classes:
-        objects = np.count_nonzero(errors.to_find & (truth.objects.category == k))
+        objects = int(np.count_nonzero(errors.to_find & (truth.objects.category == k)))
         own = at_least & (results.category == k)
         right, wrong = (int(np.count_nonzero(own & rows)) for rows in (errors.right, errors.wrong))
         row = {"class": truth.classes[k], "found": right, "missed": objects - right, "wrong": wrong}
@@ -153,16 +176,23 @@ def per_class(errors: Errors, truth: GroundTruth, results: Table, least_score: f
 
 
 def per_image(errors: Errors, truth: GroundTruth, results: Table, least_score: float) -> Row:
-    """``(images,)`` numbers from a score on: "missed" objects, "wrong" detections, "duplicates"."""
+    """``(images,)`` numbers from a score on: "missed" objects, "wrong" detections, and of these
+    "wrong class", which are classification errors, and "duplicates"."""
     count = len(truth.image_ids)
     missed = errors.to_find & (errors.found_score < least_score)
     at_least = errors.score >= least_score
-    duplicate = errors.kind == DUPLICATE
+    confused, duplicate = errors.kind == CLASSIFICATION, errors.kind == DUPLICATE
     return {
         "missed": np.bincount(truth.objects.image[missed], minlength=count),
         "wrong": np.bincount(results.image[errors.wrong & at_least], minlength=count),
+        "wrong class": np.bincount(results.image[confused & at_least], minlength=count),
         "duplicates": np.bincount(results.image[duplicate & at_least], minlength=count),
     }
+
+
+def _group(bounds: Sequence[float], index: int) -> Row:
+    high = bounds[index + 1]
+    return {"low": bounds[index], "high": high if high < math.inf else None}
 
 
 def _recall(errors: Errors, value: np.ndarray, bounds: Sequence[float]) -> list[Row]:
@@ -173,8 +203,7 @@ def _recall(errors: Errors, value: np.ndarray, bounds: Sequence[float]) -> list[
     rows = []
     for index in range(inhabited.min(), inhabited.max() + 1) if len(inhabited) else ():
         score = errors.found_score[to_find & (place == index)]
-        high = bounds[index + 1] if bounds[index + 1] < math.inf else None
-        row: Row = {"low": bounds[index], "high": high, "objects": len(score)}
+        row: Row = {**_group(bounds, index), "objects": len(score)}
         row["found"] = int(np.isfinite(score).sum())
         row["recall"] = {
             f"{least:g}": float((score >= least).mean()) if len(score) else None for least in SCORES

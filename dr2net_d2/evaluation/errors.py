@@ -153,9 +153,7 @@ def best_threshold(errors: Errors) -> tuple[float, float]:
     return float(score[best]), float(f1[best])
 
 
-def confusion(
-    errors: Errors, truth: GroundTruth, results: Table, least_score: float
-) -> np.ndarray:
+def confusion(errors: Errors, truth: GroundTruth, results: Table, least_score: float) -> np.ndarray:
     """Which classes are taken for which, at IoU 0.5 and from a score on.
 
     What is right stands on the diagonal. Then the other detections take, the best by score first,
@@ -228,7 +226,10 @@ def _greatest(pairs: Pairs, which: np.ndarray, count: int) -> tuple[np.ndarray, 
     which = which[np.lexsort((-pairs.iou[which], pairs.detection[which]))]
     first = which[np.flatnonzero(np.diff(pairs.detection[which], prepend=-1))]
     iou, truth = np.zeros(count), np.full(count, -1)
-    iou[pairs.detection[first]], truth[pairs.detection[first]] = pairs.iou[first], pairs.truth[first]
+    iou[pairs.detection[first]], truth[pairs.detection[first]] = (
+        pairs.iou[first],
+        pairs.truth[first],
+    )
     return iou, truth
 
 
@@ -238,9 +239,7 @@ def _by_image(table: Table, which: np.ndarray) -> np.ndarray:
     return rows[np.lexsort((-table.score[rows], table.image[rows]))]
 
 
-def _pairs(
-    results: Table, truth: GroundTruth, d: np.ndarray, g: np.ndarray, least: float
-) -> Pairs:
+def _pairs(results: Table, truth: GroundTruth, d: np.ndarray, g: np.ndarray, least: float) -> Pairs:
     """Pairs of some detections and objects of any class, numbered as in ``d`` and ``g``."""
     objects = truth.objects
     return overlapping(
