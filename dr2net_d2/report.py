@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dr2net_d2.commands import run_command
 from dr2net_d2.data import CocoDataset, load_coco, read_image, resolve_dataset
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.evaluation import PROTOCOLS, Evaluation, Protocol, choose_protocol, evaluate_boxes
+from dr2net_d2.evaluation import PROTOCOLS, Evaluation, choose_protocol, evaluate_boxes
 from dr2net_d2.evaluation import breakdowns as parts
 from dr2net_d2.evaluation.errors import (
     CLASSIFICATION,
@@ -143,7 +143,7 @@ def gather(
             "ignored objects": len(errors.to_find) - objects,
             "ignore regions": len(truth.regions) if protocol.ignore_regions else 0,
             "detections": len(errors.score),
-            "counted detections": int(np.count_nonzero(errors.counted)),
+            "not counted": int(np.count_nonzero(~errors.counted)),
         },
         "metrics": evaluation.metrics,
         "per_class": [

@@ -46,7 +46,7 @@ Data = Mapping[str, Any]
 
 def draw_limits(data: Data, theme: Theme) -> Figure:
     """What mending each kind of error would gain."""
-    figure, axes = _panel(theme, 6.4, 3.9)
+    figure, axes = _panel(theme, 5.2, 3.6)
     rows = data["errors"]["kinds"]
     gains = [row["gain"] or 0 for row in rows]
     names = [row["kind"] for row in rows]
@@ -64,7 +64,7 @@ def draw_limits(data: Data, theme: Theme) -> Figure:
 
 def draw_kinds_by_size(data: Data, theme: Theme) -> Figure:
     """How many errors of each kind, by size."""
-    figure, axes = _panel(theme, 6.4, 3.9)
+    figure, axes = _panel(theme, 5.2, 3.6)
     rows = data["errors"]["by_size"]
     bottom = np.zeros(len(rows))
     hatches = ("", "///", "", "...", "", "\\\\\\")
@@ -254,7 +254,7 @@ PICTURES: dict[str, Callable[[Data, Theme], Figure]] = {
 """By name of the file; besides "curves_iou50" and the like, of ``draw_curves``."""
 
 
-def _panel(theme: Theme, width: float = 5.8, height: float = 4.1) -> tuple[Figure, Axes]:
+def _panel(theme: Theme, width: float = 5.2, height: float = 3.8) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor=theme.paper)
     axes = figure.subplots()
     axes.set_facecolor(theme.paper)

@@ -107,10 +107,8 @@ def draw_scene(scene: Scene, window: tuple[int, int, int, int], longest: int) ->
                     ec=colour,
                     ls=line,
                     lw=thickness,
-                    path_effects=[
-                        withStroke(linewidth=thickness + 1.6, foreground="#000000", alpha=0.55)
-                    ],
-                )  # fmt: skip
+                    path_effects=[withStroke(linewidth=thickness + 1.6, foreground="#000000")],
+                )
             )
         drawn.append(boxes[visible])
         texts = scene.captions.get(name, ())

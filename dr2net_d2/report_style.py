@@ -34,7 +34,9 @@ th, td { padding:.32rem .8rem; border-bottom:1px solid var(--line); text-align:r
   vertical-align:top }
 th { color:var(--soft); font-weight:600 }
 th:first-child, td:first-child { padding-left:0 }
-.words { text-align:left }
+td { white-space:nowrap }
+.words { text-align:left; white-space:normal }
+td.words + .words, td + td.words { min-width:11rem }
 summary { cursor:pointer; color:var(--link) }
 .pair { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));
   gap:1rem 2rem; align-items:start }
@@ -53,7 +55,7 @@ figure { margin:0; min-width:0 }
 figcaption { padding-top:.35rem; overflow-wrap:anywhere; line-height:1.4 }
 .full { display:none }
 .full:target { display:flex; flex-direction:column; position:fixed; inset:0; z-index:2;
-  background:#000e; color:#fff }
+  background:#111; color:#fff }
 .full p { margin:0; padding:.7rem 1rem; max-width:none }
 .full a { color:#fff; margin-right:1rem; font-weight:600; white-space:nowrap }
 .full div { flex:1; overflow:auto; min-height:0 }

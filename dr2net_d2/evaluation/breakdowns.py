@@ -113,7 +113,7 @@ def by_score(errors: Errors) -> Row:
 
 
 def calibration(errors: Errors) -> list[Row]:
-    """Per bin of scores: mean "score", and "precision", the share of right among right and wrong."""
+    """Per bin of scores: the mean "score", and "precision", the share of what is right."""
     either = errors.right | errors.wrong
     score, right = errors.score[either], errors.right[either]
     place = np.clip(np.searchsorted(SCORE_EDGES, score, "right") - 1, 0, len(SCORE_EDGES) - 2)
