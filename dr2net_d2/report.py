@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "report"
 CURVE_IOUS = (0.5, 0.75)
+PAGE_BYTES = 4_000_000
+"""Of whole images; the page has a third more, as text, the crops, and about 2 MB of charts."""
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -130,6 +132,7 @@ def gather(
     objects = int(np.count_nonzero(errors.to_find))
     names = [truth.classes[k] for k in errors.classes]
     matrix = confusion(errors, truth, results, score)
+    by_size = parts.kinds_by_side(errors, truth, results, score)
     sizes = parts.recall_by_side(errors, truth)
     found = np.sqrt(truth.objects.area[errors.to_find & (errors.found_score >= score)])
     for row in sizes:
@@ -160,10 +163,10 @@ def gather(
         },
         "errors": {
             "AP50": errors.ap50,
-            "kinds": _kinds(errors, score),
+            "kinds": _kinds(errors, by_size),
             "false positives": errors.gains["false positives"],
             "false negatives": errors.gains["false negatives"],
-            "by_size": parts.kinds_by_side(errors, truth, results, score),
+            "by_size": by_size,
         },
         "sizes": {"groups": sizes, "protocol": evaluation.per_size},
         "curves": {
@@ -192,17 +195,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("dr2net_d2.report", run, parse_arguments(argv))
 
 
-def _kinds(errors: Errors, score: float) -> list[dict[str, Any]]:
-    rows = []
-    for place, kind in enumerate(KINDS):
-        if kind == "missed":
-            number = kept = int(np.count_nonzero(errors.missed))
-        else:
-            number = int(np.count_nonzero(errors.kind == place))
-            kept = int(np.count_nonzero((errors.kind == place) & (errors.score >= score)))
-        row = {"kind": kind, "gain": errors.gains[kind]}
-        rows.append({**row, "number": number, "number at threshold": kept})
-    return rows
+def _kinds(errors: Errors, by_size: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    numbers = [np.count_nonzero(errors.kind == place) for place in range(len(KINDS) - 1)]
+    return [
+        {
+            "kind": kind,
+            "gain": errors.gains[kind],
+            "number": int(number),
+            "number at threshold": sum(row["kinds"][kind] for row in by_size),
+        }
+        for kind, number in zip(KINDS, [*numbers, errors.missed.sum()], strict=True)
+    ]
 
 
 def _worst_images(
@@ -241,6 +244,7 @@ def _write(
     records = {record.image_id: record for record in dataset.records}
     pictures: dict[str, Picture] = {}
     images, crops = [], []
+    share = PAGE_BYTES // max(len(worst), 12)
     with tqdm(total=len(charts) + len(worst), desc="pictures", disable=None) as progress:
         for name, draw in charts.items():
             light = draw(data, LIGHT)
@@ -254,7 +258,7 @@ def _write(
             crop = draw_scene(scene, scene.window(), CROP)
             whole = draw_scene(scene, (0, 0, pixels.shape[1], pixels.shape[0]), WHOLE)
             crops.append(crop)
-            images.append(WorstImage(row, encode(crop), encode(whole)))
+            images.append(WorstImage(row, encode(crop, share // 4), encode(whole, share)))
             progress.update()
     titles = [f"{Path(row['file_name']).name}\n{describe(row)}" for row in data["worst"]]
     if crops:

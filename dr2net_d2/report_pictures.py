@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 DPI = 160
 
@@ -71,12 +71,12 @@ def draw_kinds_by_size(data: Data, theme: Theme) -> Figure:
     names = rows[0]["kinds"] if rows else ()
     for name, colour, hatch in zip(names, theme.colours, hatches, strict=False):
         numbers = np.array([row["kinds"][name] for row in rows], float)
-        style = {"color": colour, "hatch": hatch, "edgecolor": theme.paper, "lw": 0}
+        style: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": theme.paper, "lw": 0}
         axes.bar(range(len(rows)), numbers, 0.82, bottom=bottom, **style, label=name)
         bottom += numbers
     _size_axis(axes, rows, "side of the detection, or of the missed object / px")
     axes.set_ylabel(f"errors, score ≥ {data['threshold']['score']:.2f}")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole_numbers(axes)
     axes.grid(axis="x", visible=False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return _dressed(figure)
@@ -91,9 +91,18 @@ def draw_missed(data: Data, theme: Theme) -> Figure:
     kept = np.array([row["found_at_threshold"] for row in rows], float)
     places = range(len(rows))
     axes.bar(places, kept, 0.82, color=theme.colours[0], label=f"found, score ≥ {threshold:.2f}")
-    weak = {"color": theme.colours[0], "alpha": 0.4, "label": "found with a lower score"}
+    weak: dict[str, Any] = {
+        "color": theme.colours[0],
+        "alpha": 0.4,
+        "label": "found with a lower score",
+    }
     axes.bar(places, found - kept, 0.82, bottom=kept, **weak)
-    never = {"color": theme.colours[1], "hatch": "///", "edgecolor": theme.paper, "lw": 0}
+    never: dict[str, Any] = {
+        "color": theme.colours[1],
+        "hatch": "///",
+        "edgecolor": theme.paper,
+        "lw": 0,
+    }
     axes.bar(places, objects - found, 0.82, bottom=found, **never, label="not found at all")
     for place, (number, hit) in enumerate(zip(objects, kept, strict=True)):
         text = f"{(number - hit) / number:.0%}" if number else ""
@@ -101,7 +110,7 @@ def draw_missed(data: Data, theme: Theme) -> Figure:
     _size_axis(axes, rows)
     axes.set_ylabel("objects (above: missed at that score)")
     axes.set_ylim(0, 1.25 * max([*objects, 1]))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole_numbers(axes)
     axes.grid(axis="x", visible=False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return _dressed(figure)
@@ -145,7 +154,7 @@ def draw_curves(data: Data, theme: Theme, iou: str) -> Figure:
     axes.set_xlabel(f"recall at IoU {float(iou):g}")
     axes.set_ylabel("precision")
     if rows:
-        axes.legend(loc="lower left", title="size (objects)")
+        axes.legend(loc="best", title="size (objects)")
     return _dressed(figure)
 
 
@@ -160,7 +169,7 @@ def draw_confusion(data: Data, theme: Theme) -> Figure:
     figure, axes = _panel(theme, side + 0.6, side)
     ramp = LinearSegmentedColormap.from_list("", [theme.paper, theme.colours[0]])
     axes.imshow(share, cmap=ramp, vmin=0, vmax=1, aspect="equal")
-    size = 10 if count <= 12 else 8 if count <= 24 else 6
+    size = 10 if count <= 12 else 9
     if count <= 24:
         for row, column in zip(*np.nonzero(matrix), strict=True):
             value = share[row, column]
@@ -168,12 +177,12 @@ def draw_confusion(data: Data, theme: Theme) -> Figure:
             dark_cell = value > 0.55 if theme is LIGHT else value < 0.55
             colour = "#ffffff" if dark_cell else "#12161a"
             text = f"{100 * value:.0f}" if value >= 0.005 else "·"
-            place = {"ha": "center", "va": "center", "fontsize": size - 1}
+            place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size - 1}
             axes.text(column, row, text, color=colour, **place)
     axes.axhline(count - 0.5, color=theme.ink, lw=1)
     axes.axvline(count - 0.5, color=theme.ink, lw=1)
     places = range(count + 1)
-    plain = {"fontsize": size, "parse_math": False}
+    plain: dict[str, Any] = {"fontsize": size, "parse_math": False}
     short = count <= 12 and max(map(len, names), default=0) <= 3
     axes.set_xticks(places, [*names, "missed"], rotation=0 if short else 90, **plain)
     axes.set_yticks(places, [*names, "background"], **plain)
@@ -181,7 +190,7 @@ def draw_confusion(data: Data, theme: Theme) -> Figure:
     axes.set_ylabel("object of class, per cent of a row")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labeltop=count > 24)
     return figure
 
 
@@ -286,7 +295,7 @@ def _draw_recalls(axes: Axes, theme: Theme, rows: Sequence[Data]) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel("recall at IoU 0.5")
     if rows:
-        axes.legend(loc="best")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
 
 def _size_axis(axes: Axes, rows: Sequence[Data], label: str = "side of the object / px") -> None:
@@ -320,6 +329,11 @@ def _threshold_line(axes: Axes, theme: Theme, data: Data) -> None:
         fontsize=9,
         color=theme.ink,
     )
+
+
+def _whole_numbers(axes: Axes) -> None:
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def _unit(axes: Axes) -> None:

@@ -112,7 +112,9 @@ def draw_scene(scene: Scene, window: tuple[int, int, int, int], longest: int) ->
             )
         drawn.append(boxes[visible])
         texts = scene.captions.get(name, ())
-        captions += [(texts[i], colour) if texts else None for i in np.flatnonzero(visible)]
+        captions += [
+            (texts[i], colour) if texts else None for i in np.flatnonzero(visible).tolist()
+        ]
     _write_captions(axes, np.concatenate(drawn), captions, size)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -34,7 +34,13 @@ def scene(tmp_path):
             "images": [{"id": 1, "file_name": "1.png", "width": 500, "height": 500}],
             "categories": [{"id": CAT, "name": "cat"}, {"id": DOG, "name": "dog"}],
             "annotations": [
-                {"id": i, "image_id": 1, "category_id": category, "bbox": box, "iscrowd": len(crowd)}
+                {
+                    "id": i,
+                    "image_id": 1,
+                    "category_id": category,
+                    "bbox": box,
+                    "iscrowd": len(crowd),
+                }
                 for i, (category, box, *crowd) in enumerate(objects, start=1)
             ],
             "ignore_regions": [{"id": 1, "image_id": 1, "bbox": box} for box in regions],
@@ -123,7 +129,11 @@ def test_what_is_ignored_is_no_error(scene):
     errors, *_ = scene(*inside, regions=[[300, 300, 100, 100]], protocol="visdrone")
     assert names(errors) == ["", "", ""] and not errors.missed.any() and not errors.counted[2]
     errors, *_ = scene(*inside, regions=[[300, 300, 100, 100]])
-    assert names(errors) == ["", "", "background"] and errors.missed.tolist() == [False, False, True]
+    assert names(errors) == ["", "", "background"] and errors.missed.tolist() == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_without_objects_or_detections(scene):
