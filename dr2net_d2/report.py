@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> Path:
     if args.images < 0:
         raise ConfigError(f"--images is {args.images}; it must be 0 or more")
     output = Path(args.output_dir)
+    if (output / FOLDER).exists() and not (output / FOLDER / "report.json").is_file():
+        raise ConfigError(f"{output / FOLDER} exists and is no report; move it away")
     record = recorded(output, args.dataset, args.protocol)
     results_file = Path(args.results) if args.results else output / RESULTS_FILE
     json_file, image_root = resolve_dataset(record.dataset)
@@ -247,9 +249,8 @@ def _write(
     share = PAGE_BYTES // max(len(worst), 12)
     with tqdm(total=len(charts) + len(worst), desc="pictures", disable=None) as progress:
         for name, draw in charts.items():
-            light = draw(data, LIGHT)
-            light.savefig(folder / f"{name}.png")
-            pictures[name] = Picture.of(light, draw(data, DARK))
+            pictures[name] = Picture.of(draw(data, LIGHT), draw(data, DARK))
+            (folder / f"{name}.png").write_bytes(pictures[name].light)
             progress.update()
         for image, row in zip(worst, data["worst"], strict=True):
             pixels = read_image(records[row["image_id"]])[..., ::-1]
@@ -317,8 +318,6 @@ def make_scene(
 def _install(built: Path, target: Path) -> None:
     """Put a finished report in the place of an older one."""
     if target.exists():
-        if not (target / "report.json").is_file():
-            raise ConfigError(f"{target} exists and is no report; move it away")
         target.rename(built.with_name("old"))
     built.rename(target)
 

@@ -22,10 +22,10 @@ Data = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Picture:
-    """A chart for light and for dark screens, as data URIs; its size in px."""
+    """A chart for light and for dark screens, as PNG files; its size in px."""
 
-    light: str
-    dark: str
+    light: bytes
+    dark: bytes
     width: int
     height: int
 
@@ -390,7 +390,7 @@ def _figure(pictures: Mapping[str, Picture], name: str, alt: str, wide: bool = F
     style = ' class="wide"' if wide else ""
     return (
         f'<figure class="chart"><picture><source media="screen and (prefers-color-scheme: dark)" '
-        f'srcset="{picture.dark}"><img{style} src="{picture.light}" alt="{escape(alt)}" '
+        f'srcset="{_uri("png", picture.dark)}"><img{style} src="{_uri("png", picture.light)}" alt="{escape(alt)}" '
         f'width="{picture.width}" height="{picture.height}"></picture></figure>'
     )
 
@@ -429,10 +429,10 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
-def _png(figure: Figure) -> str:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return _uri("png", buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _uri(kind: str, data: bytes) -> str:

@@ -66,6 +66,7 @@ footer { margin-top:3rem; border-top:1px solid var(--line); padding-top:.8rem }
 @media print { :root { --paper:#fff; --ink:#000; --soft:#444; --line:#bbb; --card:#f3f3f3 }
   nav, .full { display:none !important } body { max-width:none; font-size:10pt }
   section > h2 { break-after:avoid } figure, tr, .tile { break-inside:avoid }
+  .pair { grid-template-columns:1fr 1fr } .finding, h3 { break-after:avoid }
   .sheet { grid-template-columns:repeat(3,1fr) } .table { overflow:visible }
   * { print-color-adjust:exact } }
 """
