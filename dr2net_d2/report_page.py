@@ -387,10 +387,11 @@ _CSS_LINES = {"-": "solid", "--": "dashed", "-.": "dashed", ":": "dotted"}
 
 def _figure(pictures: Mapping[str, Picture], name: str, alt: str, wide: bool = False) -> str:
     picture = pictures[name]
+    light, dark = (_uri("png", data) for data in (picture.light, picture.dark))
     style = ' class="wide"' if wide else ""
     return (
         f'<figure class="chart"><picture><source media="screen and (prefers-color-scheme: dark)" '
-        f'srcset="{_uri("png", picture.dark)}"><img{style} src="{_uri("png", picture.light)}" alt="{escape(alt)}" '
+        f'srcset="{dark}"><img{style} src="{light}" alt="{escape(alt)}" '
         f'width="{picture.width}" height="{picture.height}"></picture></figure>'
     )
 

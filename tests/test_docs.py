@@ -19,7 +19,7 @@ import torch
 import yaml
 
 import dr2net_d2.demo
-from dr2net_d2 import anchors, convert, export, fidelity, plan
+from dr2net_d2 import anchors, convert, export, fidelity, plan, report
 from dr2net_d2.commands import choose_engine, load_config
 from dr2net_d2.core import reversible_stacks
 from dr2net_d2.data import commands as data_commands
@@ -44,6 +44,7 @@ PARSERS = {
     "dr2net_d2.export": export.parse_arguments,
     "dr2net_d2.fidelity": fidelity.parse_arguments,
     "dr2net_d2.plan": plan.parse_arguments,
+    "dr2net_d2.report": report.parse_arguments,
 }
 DATA_COMMANDS = ("inspect", "convert", "draw", "sample")
 UNTRAINED = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "('small_digits_val_n2_s64_d3',)"]
@@ -126,6 +127,9 @@ def clone(tmp_path, monkeypatch, detector, tmp_path_factory):
     for folder in ("output/quickstart", "photos", canvases):
         Path(folder).mkdir(parents=True)
     Path("output/quickstart/model_final.pth").symlink_to(detector)
+    Path("output/quickstart/inference").mkdir()
+    Path("output/quickstart/inference/coco_instances_results.json").write_text("[]")
+    Path("output/quickstart/config.yaml").write_text(f"DATASETS: {{TEST: [{UNTRAINED[3][1:-2]}]}}")
     picture = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     for path in ("photo.jpg", "photos/photo.jpg", f"{canvases}/0.png"):
         cv2.imwrite(path, picture)
@@ -153,7 +157,7 @@ def test_commands_are_understood(needs, program, words, clone):
         assert program in (ROOT / ".ci/run").read_text()
         return
     args = PARSERS[program](words)
-    if program == "dr2net_d2.data":  # without a config
+    if program in ("dr2net_d2.data", "dr2net_d2.report"):  # without a config
         return
     if args.config_file is not None and args.config_file.endswith(".py"):
         pytest.importorskip("detectron2")

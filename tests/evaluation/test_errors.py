@@ -103,6 +103,22 @@ def test_each_kind_by_hand(scene):
     assert confusion(errors, truth, table, 0.65).tolist() == [[1, 0, 2], [0, 0, 2], [2, 0, 0]]
 
 
+def test_the_first_kind_that_holds_counts(scene):
+    both_here = [(CAT, [0, 0, 10, 10]), (DOG, [0, 0, 10, 10]), (DOG, [105, 0, 10, 10])]
+    detections = [
+        (CAT, [0, 0, 10, 10], 0.9),
+        (CAT, [0, 0, 10, 9], 0.8),  # a duplicate, and on a dog
+        (DOG, [0, 0, 10, 10], 0.7),
+        (CAT, [105, 0, 10, 10], 0.6),
+        (DOG, [5, 0, 10, 10], 0.5),  # IoU 1/3 with both
+    ]
+    errors, *_ = scene(both_here, detections)
+    assert names(errors) == ["", "classification", "", "classification", "localisation"]
+    assert errors.target.tolist() == [-1, 1, -1, 2, 1]
+    # The dog of the first one is found; so is that of the localisation.
+    assert errors.gains["localisation"] == 0
+
+
 def test_the_best_of_several_that_point_to_an_object_is_mended(scene):
     detections = [(DOG, [0, 0, 10, 10], 0.3), (DOG, [0, 0, 10, 9], 0.8), (CAT, [50, 0, 9, 9], 0.5)]
     errors, *_ = scene([(CAT, [0, 0, 10, 10])], detections)

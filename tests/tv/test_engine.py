@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from dr2net_d2 import report
 from dr2net_d2.errors import ConfigError, UserError, WeightsError
 from dr2net_d2.evaluation import PROTOCOLS, evaluate_boxes
 from dr2net_d2.optimizer import build_optimizer
@@ -250,3 +251,12 @@ def test_limits_below_the_densest_image_are_one_warning_a_phase(arguments, tmp_p
         f"small_digits_val_n4_s64_d3 has an image with {most['val_n4']} objects, but "
         "TEST.DETECTIONS_PER_IMAGE is 1",
     ]
+
+
+def test_a_report_has_the_metrics_of_the_training(finished, tmp_path):
+    folder, metrics = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    assert report.main([str(tmp_path / "copy"), "--images", "1"]) == 0
+    found = json.loads((tmp_path / "copy/report/report.json").read_text())["metrics"]
+    expected = {name: None if math.isnan(v) else v for name, v in metrics["bbox"].items()}
+    assert found == pytest.approx(expected)
