@@ -39,7 +39,8 @@ from dr2net_d2.evaluation.errors import (
     find_errors,
 )
 from dr2net_d2.evaluation.tables import GroundTruth, Table, read_results, read_truth
-from dr2net_d2.report_page import Picture, WorstImage, describe, encode, write_page
+from dr2net_d2.report_html import Picture, WorstImage, encode
+from dr2net_d2.report_page import describe, write_page
 from dr2net_d2.report_pictures import DARK, LIGHT, PICTURES, draw_curves
 from dr2net_d2.report_scenes import CROP, WHOLE, Scene, contact_sheet, draw_scene
 from dr2net_d2.report_source import RESULTS_FILE, read_detections, recorded

@@ -2,61 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-from matplotlib.figure import Figure
-
+from dr2net_d2.report_html import Picture, WorstImage, figure, gain, number, pair, percent, table
 from dr2net_d2.report_scenes import STYLES
 from dr2net_d2.report_style import STYLE
 
 Data = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A chart for light and for dark screens, as PNG files; its size in px."""
-
-    light: bytes
-    dark: bytes
-    width: int
-    height: int
-
-    @classmethod
-    def of(cls, light: Figure, dark: Figure) -> Picture:
-        width, height = light.canvas.get_width_height()
-        return cls(_png(light), _png(dark), width, height)
-
-
-@dataclass(frozen=True)
-class WorstImage:
-    """A row of report.json's "worst", its crop and the whole image as data URIs."""
-
-    row: Data
-    crop: str
-    whole: str
-
-
-def encode(picture: np.ndarray, most: int) -> str:
-    """A picture as the data URI of a JPEG.
-
-    Args:
-        picture: ``(H, W, 3)`` uint8, RGB.
-        most: bytes; quality goes down to that, within bounds.
-    """
-    for quality in (85, 75, 60, 45, 30):
-        options = [cv2.IMWRITE_JPEG_QUALITY, quality]
-        data = cv2.imencode(".jpg", np.ascontiguousarray(picture[..., ::-1]), options)[1]
-        if len(data) <= most:
-            break
-    return _uri("jpeg", data.tobytes())
 
 
 def describe(row: Data) -> str:
@@ -124,7 +79,7 @@ def _headline(data: Data) -> Section:
     listed = [(name, value) for name, value in others if not name.startswith("AP-")]
     tiles = "".join(
         f'<div class="tile{" main" if name == main[0] else ""}"><span>{escape(name)}</span>'
-        f"<b>{_number(value)}</b></div>"
+        f"<b>{number(value)}</b></div>"
         for name, value in [main, *listed]
     )
     always = ("images", "objects", "detections")
@@ -135,8 +90,8 @@ def _headline(data: Data) -> Section:
     text = (
         f"<p class=counts>{escape(counts)}</p><p>At the score of the best F1, "
         f"<b>{best['score']:.2f}</b>, {best['right']:,} detections are right and "
-        f"{best['wrong']:,} wrong: precision {_percent(best['precision'])}, recall "
-        f"{_percent(best['recall'])}, F1 {_percent(best['F1'])}. Where this page speaks of "
+        f"{best['wrong']:,} wrong: precision {percent(best['precision'])}, recall "
+        f"{percent(best['recall'])}, F1 {percent(best['F1'])}. Where this page speaks of "
         "<i>the threshold</i>, it is this score.</p>"
     )
     head = ("class", "objects", "AP", "AP50", "AR", "found", "missed", "wrong", "precision",
@@ -145,19 +100,17 @@ def _headline(data: Data) -> Section:
         (
             row["class"],
             f"{row['objects']:,}",
-            *(_number(row[name]) for name in ("AP", "AP50", "AR")),
+            *(number(row[name]) for name in ("AP", "AP50", "AR")),
             *(f"{row[name]:,}" for name in ("found", "missed", "wrong")),
-            *(_percent(row[name]) for name in ("precision", "recall")),
+            *(percent(row[name]) for name in ("precision", "recall")),
         )
         for row in data["per_class"]
     ]
     note = "<p class=note>Found, missed, wrong, precision and recall at the threshold, IoU 0.5.</p>"
-    table = _table(head, rows)
+    classes = table(head, rows) + note
     if len(rows) > 20:
-        table = f"<details><summary>All {len(rows)} classes</summary>{table}{note}</details>"
-    else:
-        table += note
-    return "metrics", "Metrics", f'<div class="tiles">{tiles}</div>{text}{table}'
+        classes = f"<details><summary>All {len(rows)} classes</summary>{classes}</details>"
+    return "metrics", "Metrics", f'<div class="tiles">{tiles}</div>{text}{classes}'
 
 
 _MEANING = {
@@ -196,7 +149,7 @@ def _limits(data: Data, pictures: Mapping[str, Picture]) -> Section:
             _MEANING[row["kind"]][0],
             f"{row['number']:,}",
             f"{row['number at threshold']:,}",
-            _gain(row["gain"]),
+            gain(row["gain"]),
             _MEANING[row["kind"]][1],
         )
         for row in errors["kinds"]
@@ -206,19 +159,19 @@ def _limits(data: Data, pictures: Mapping[str, Picture]) -> Section:
     if gains:
         first, second, *_ = sorted(gains, key=lambda row: -row["gain"])
         finding = (
-            f"From an AP50 of <b>{_number(errors['AP50'])}</b>, mending every <b>{first['kind']}"
-            f"</b> error would gain most: {_gain(first['gain'])}. Next is {second['kind']}: "
-            f"{_gain(second['gain'])}."
+            f"From an AP50 of <b>{number(errors['AP50'])}</b>, mending every <b>{first['kind']}"
+            f"</b> error would gain most: {gain(first['gain'])}. Next is {second['kind']}: "
+            f"{gain(second['gain'])}."
         )
     return (
         "limits",
         "What limits AP",
         f"<p class=finding>{finding}</p>"
-        + _pair(
-            _figure(pictures, "limits", "gain by kind of error"),
-            _figure(pictures, "kinds_by_size", "number of errors of each kind by size"),
+        + pair(
+            figure(pictures, "limits", "gain by kind of error"),
+            figure(pictures, "kinds_by_size", "number of errors of each kind by size"),
         )
-        + _table(
+        + table(
             ("kind", "what it is", "all", "at the threshold", "AP50 gained", "look at"),
             rows,
             words=(1, 5),
@@ -230,8 +183,8 @@ def _limits(data: Data, pictures: Mapping[str, Picture]) -> Section:
         "missed objects no longer count. At the threshold, an object is missed that no detection "
         "from there on finds or points to. Ignored objects and regions are no errors.</p>"
         "<p class=note>Gains do not add up: without any false positive AP50 would gain "
-        f"{_gain(errors['false positives'])}, without any object that is not found "
-        f"{_gain(errors['false negatives'])}. All this is at IoU 0.5; what tighter boxes could "
+        f"{gain(errors['false positives'])}, without any object that is not found "
+        f"{gain(errors['false negatives'])}. All this is at IoU 0.5; what tighter boxes could "
         "bring shows in AP against AP50.</p>",
     )
 
@@ -246,14 +199,14 @@ def _sizes(data: Data, pictures: Mapping[str, Picture]) -> Section:
         high = f" to {row['high']}" if row["high"] is not None else " or more"
         finding = (
             f"<p class=finding>Of {total:,} objects missed at the threshold, {missed[worst]:,} "
-            f"({_percent(missed[worst] / total if total else 0)}) are {row['low']}{high} px a side."
+            f"({percent(missed[worst] / total if total else 0)}) are {row['low']}{high} px a side."
             "</p>"
         )
-    table = _table(
+    bins = table(
         ("size bin of the protocol", "objects", "images", "AP", "AP50", "AR"),
         [
             (name, f"{row['objects']:,}", f"{row['images']:,}",
-             *(_number(row[key]) for key in ("AP", "AP50", "AR")))
+             *(number(row[key]) for key in ("AP", "AP50", "AR")))
             for name, row in data["sizes"]["protocol"].items()
         ],
     )  # fmt: skip
@@ -269,43 +222,43 @@ def _sizes(data: Data, pictures: Mapping[str, Picture]) -> Section:
         "the threshold can be had by lowering it, at the cost of precision; those not found at all "
         "cannot.</p>"
     )
-    charts = _pair(
-        _figure(pictures, "missed_by_size", "found and missed objects by size"),
-        _figure(pictures, "recall_by_size", "recall by size at several scores"),
+    charts = pair(
+        figure(pictures, "missed_by_size", "found and missed objects by size"),
+        figure(pictures, "recall_by_size", "recall by size at several scores"),
     )
-    return "sizes", "Missed objects by size", f"{finding}{charts}{note}{table}{hint}"
+    return "sizes", "Missed objects by size", f"{finding}{charts}{note}{bins}{hint}"
 
 
 def _curves(data: Data, pictures: Mapping[str, Picture]) -> Section:
     names = [name for name in pictures if name.startswith("curves_")]
-    figures = [_figure(pictures, name, "precision over recall by size") for name in names]
+    figures = [figure(pictures, name, "precision over recall by size") for name in names]
     note = (
         "<p class=note>Means over the classes. A curve that ends early lacks detections, one that "
         "falls early has wrong ones with high scores; one that is good at IoU 0.5 only has boxes "
         "that are too far off.</p>"
     )
-    return "curves", "Precision and recall", _pair(*figures) + note
+    return "curves", "Precision and recall", pair(*figures) + note
 
 
 def _confusion(data: Data, pictures: Mapping[str, Picture]) -> Section:
     content = data["confusion"]
     many = len(content["classes"]) > 24
-    chart = _figure(pictures, "confusion", "confusion matrix", wide=many)
+    chart = figure(pictures, "confusion", "confusion matrix", wide=many)
     rows = [
-        (row["object"], row["detected as"], f"{row['number']:,}", _percent(row["share"]))
+        (row["object"], row["detected as"], f"{row['number']:,}", percent(row["share"]))
         for row in content["largest"][: None if many else 12]
     ]
     largest = "<p>No class is taken for another.</p>"
     if rows:
         head = ("object", "detected as", "number", "of its objects")
-        largest = f"<div><h3>Largest confusions</h3>{_table(head, rows, words=(1,))}</div>"
+        largest = f"<div><h3>Largest confusions</h3>{table(head, rows, words=(1,))}</div>"
     note = (
         "<p class=note>Detections from the threshold on, at IoU 0.5. A row is 100 % of the objects "
         "of a class; the last column has those that are missed. The last row has detections "
         "without an object, duplicates among them, as shares of all of those. A dot is below "
         "0.5 %.</p>"
     )
-    return "confusion", "Confusion of classes", _pair(chart, largest, stack=many) + note
+    return "confusion", "Confusion of classes", pair(chart, largest, stack=many) + note
 
 
 def _duplicates(data: Data, pictures: Mapping[str, Picture]) -> Section:
@@ -314,12 +267,12 @@ def _duplicates(data: Data, pictures: Mapping[str, Picture]) -> Section:
     finding = f"<p class=finding>{content['duplicates']:,} duplicates at the threshold"
     if content["duplicates"]:
         finding += (
-            f", on {content['objects']:,} objects; {_percent(at_half['0.50'])} of them overlap the "
+            f", on {content['objects']:,} objects; {percent(at_half['0.50'])} of them overlap the "
             "better detection by an IoU of 0.5 or more"
         )
-    charts = _pair(
-        _figure(pictures, "scores", "detections by score"),
-        _figure(pictures, "suppression", "duplicates by their overlap with the better detection"),
+    charts = pair(
+        figure(pictures, "scores", "detections by score"),
+        figure(pictures, "suppression", "duplicates by their overlap with the better detection"),
     )
     note = (
         "<p class=note>A duplicate hits an object that a better detection of the class has. Read "
@@ -330,9 +283,9 @@ def _duplicates(data: Data, pictures: Mapping[str, Picture]) -> Section:
 
 
 def _scores(data: Data, pictures: Mapping[str, Picture]) -> Section:
-    charts = _pair(
-        _figure(pictures, "calibration", "precision by score"),
-        _figure(pictures, "recall_by_density", "recall by the number of objects of an image"),
+    charts = pair(
+        figure(pictures, "calibration", "precision by score"),
+        figure(pictures, "recall_by_density", "recall by the number of objects of an image"),
     )
     note = (
         "<p class=note>Left: bars below the diagonal are scores that promise too much, bars above "
@@ -383,58 +336,3 @@ def _worst(data: Data, worst: Sequence[WorstImage]) -> Section:
 
 
 _CSS_LINES = {"-": "solid", "--": "dashed", "-.": "dashed", ":": "dotted"}
-
-
-def _figure(pictures: Mapping[str, Picture], name: str, alt: str, wide: bool = False) -> str:
-    picture = pictures[name]
-    light, dark = (_uri("png", data) for data in (picture.light, picture.dark))
-    style = ' class="wide"' if wide else ""
-    return (
-        f'<figure class="chart"><picture><source media="screen and (prefers-color-scheme: dark)" '
-        f'srcset="{dark}"><img{style} src="{light}" alt="{escape(alt)}" '
-        f'width="{picture.width}" height="{picture.height}"></picture></figure>'
-    )
-
-
-def _pair(*parts: str, stack: bool = False) -> str:
-    return f'<div class="{"stack" if stack else "pair"}">{"".join(parts)}</div>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = ()) -> str:
-    """The first column and those in ``words`` are text, the others numbers."""
-    columns = [' class="words"' if i in (0, *words) else "" for i in range(len(head))]
-    titles = "".join(
-        f"<th{column}>{escape(text)}</th>" for column, text in zip(columns, head, strict=True)
-    )
-    lines = "".join(
-        "<tr>"
-        + "".join(f"<td{c}>{escape(cell)}</td>" for c, cell in zip(columns, row, strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="table"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>'
-        "</div>"
-    )
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _gain(value: float | None) -> str:
-    return "–" if value is None else f"+{value:.1f}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -138,8 +138,8 @@ def draw_recall_by_density(data: Data, theme: Theme) -> Figure:
 
 def draw_curves(data: Data, theme: Theme, iou: str) -> Figure:
     """Precision over recall by size, at an IoU."""
-    figure, axes = _panel(theme)
     rows = data["curves"]["by_iou"][iou]
+    figure, axes = _panel(theme, height=3.8 + 0.22 * (len(rows) // 2))
     colours = (theme.colours[-1], *theme.colours[:-1])
     for place, row in enumerate(rows):
         axes.plot(
@@ -154,7 +154,7 @@ def draw_curves(data: Data, theme: Theme, iou: str) -> Figure:
     axes.set_xlabel(f"recall at IoU {float(iou):g}")
     axes.set_ylabel("precision")
     if rows:
-        axes.legend(loc="best", title="size (objects)")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, title="size (objects)")
     return _dressed(figure)
 
 
@@ -168,13 +168,15 @@ def draw_confusion(data: Data, theme: Theme) -> Figure:
     side = min(max(5.8, 2.2 + 0.42 * (count + 1)), 15)
     figure, axes = _panel(theme, side + 0.6, side)
     ramp = LinearSegmentedColormap.from_list("", [theme.paper, theme.colours[0]])
-    axes.imshow(share, cmap=ramp, vmin=0, vmax=1, aspect="equal")
+    # The root makes confusions visible beside the diagonal.
+    shade = np.sqrt(share)
+    axes.imshow(shade, cmap=ramp, vmin=0, vmax=1, aspect="equal")
     size = 10 if count <= 12 else 9
     if count <= 24:
         for row, column in zip(*np.nonzero(matrix), strict=True):
             value = share[row, column]
             # A dark theme's blue is light.
-            dark_cell = value > 0.55 if theme is LIGHT else value < 0.55
+            dark_cell = (shade[row, column] > 0.6) == (theme is LIGHT)
             colour = "#ffffff" if dark_cell else "#12161a"
             text = f"{100 * value:.0f}" if value >= 0.005 else "·"
             place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size - 1}

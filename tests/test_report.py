@@ -17,7 +17,7 @@ from dr2net_d2 import report
 from dr2net_d2.data import make_small_digits, register_coco_json, small_digits_from_name
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.evaluation import choose_protocol, evaluate_boxes
-from dr2net_d2.report_page import encode
+from dr2net_d2.report_html import encode
 from dr2net_d2.report_scenes import Scene, draw_scene
 from dr2net_d2.report_source import Recorded, recorded
 
