@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dr2net_d2.errors import DatasetError
+
 logger = logging.getLogger(__name__)
 
 BORDER = 2.0
@@ -128,6 +130,9 @@ def choose_tiles(images: Iterable[ImageBoxes], choice: TileChoice, seed: int) ->
     Args:
         images: boxes are cut at the image's edge before their visible fraction is taken.
         seed: of the draw among all empty tiles.
+
+    Raises:
+        DatasetError: no tile shows enough of any object.
     """
     tiles: list[Tile] = []
     objects = unseen = 0
@@ -142,6 +147,11 @@ def choose_tiles(images: Iterable[ImageBoxes], choice: TileChoice, seed: int) ->
         for corners, row, cut_row in zip(grid.tolist(), shown, cut, strict=True):
             tiles.append(Tile(index, tuple(corners), row.nonzero()[0], cut_row.nonzero()[0]))
     empty = np.array([not len(tile.objects) for tile in tiles], dtype=bool)
+    if empty.all():
+        raise DatasetError(
+            f"no tile of {choice.grid.size} px shows {choice.min_visible:g} of an object's area; "
+            "use larger tiles, a smaller MIN_VISIBLE, or images with objects"
+        )
     wanted = min(int(choice.empty_ratio * (~empty).sum()), int(empty.sum()))
     drawn = np.random.default_rng(seed).permutation(empty.nonzero()[0])[:wanted]
     kept = np.sort(np.concatenate([(~empty).nonzero()[0], drawn]))

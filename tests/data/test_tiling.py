@@ -14,6 +14,7 @@ from dr2net_d2.data.tiling import (
     visible_fractions,
     within_better_whole,
 )
+from dr2net_d2.errors import DatasetError
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,12 @@ def test_objects_that_no_tile_shows_are_counted(caplog):
             [ImageBoxes(50, 50, boxes, np.zeros(2, bool))], TileChoice(Grid(20, 0), 0.4, 0), 0
         )
     assert "1 of 2 objects are in no tile" in caplog.text
+
+
+def test_a_choice_without_any_object_is_a_dataset_error():
+    image = ImageBoxes(50, 50, np.array([[0, 0, 50, 50]], np.float32), np.zeros(1, bool))
+    with pytest.raises(DatasetError, match=r"no tile of 20 px shows 0.4 of an object's area"):
+        choose_tiles([image], TileChoice(Grid(20, 0), 0.4, 1.0), 0)
 
 
 def test_paint_covers_regions_and_no_object():

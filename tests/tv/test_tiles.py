@@ -95,22 +95,24 @@ def test_ignored_regions_are_painted_if_asked_and_objects_in_them_not(tmp_path):
 
 def test_jittering_keeps_boxes_on_their_pixels(tmp_path):
     own = record(tmp_path, [[10, 10, 20, 18]], [0], 40, 40)
-    data = stream([own], flip=True, jitter=Jitter(64, 0.5, 2.0))
+    data = stream([own], flip=True, jitter=Jitter(64, 0.5, 4.0))
     sizes, cropped_away = set(), 0
     for position in range(40):
         image, target = data[position]
         assert max(image.shape[1:]) <= 64
         sizes.add(image.shape[1])
         white = (image[0] > 127).nonzero()
-        if not len(target["boxes"]):
-            assert len(white) <= 64
+        if not len(white):
+            # Gone, or a sliver that has no pixel of its own.
+            sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
+            assert not len(sides) or sides.min() < 1
             cropped_away += 1
             continue
         x0, y0, x1, y1 = target["boxes"][0].tolist()
         edges = [*white.amin(0).flip(0).tolist(), *(white.amax(0).flip(0) + 1).tolist()]
         assert edges == pytest.approx([x0, y0, x1, y1], abs=1)
-    assert min(sizes) < 45 and 64 in sizes and len(sizes) > 8
-    assert 0 < cropped_away < 20
+    assert min(sizes) < 45 and 64 in sizes and len(sizes) > 3
+    assert 0 < cropped_away < 25
 
 
 def test_a_training_on_tiles_with_sliced_evaluations(arguments, tmp_path, dataset_cache, caplog):
