@@ -25,7 +25,7 @@ MARKS = ("<!-- plans -->", "<!-- /plans -->")
 
 @dataclass(frozen=True)
 class Card:
-    """What a config is meant for. TFLOP/s: what it is taken to sustain, half of its peak or less."""
+    """What a config is meant for; ``tflops`` a second it is taken to sustain, a third of its peak."""
 
     gigabytes: int
     tflops: int
