@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ _TRUTH, _PREDICTION = "#00E5A0", "#FFB000"
 
 _PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Loss", "total loss", {"total_loss": "total"}),
-    ("Accuracy", "average precision / %", {"bbox/AP": "AP", "bbox/AP50": "AP50"}),
+    ("Accuracy", "average precision / %", {}),
     ("Coefficients", "value", {"dr2net/alpha": "α", "dr2net/beta": "β"}),
     ("Memory", "peak memory / MiB", {"memory/peak_mb": "peak"}),
 )
@@ -48,8 +49,12 @@ def draw_curves(output_dir: str | Path) -> Path:
     Where a resumed run wrote an iteration again, the later line counts. Returns the picture's path.
     """
     rows = read_metrics(Path(output_dir, "metrics.json"))
+    # Which there are depends on the protocol.
+    accuracies = [k for k in chain(*rows) if k.startswith("bbox/AP") and "-" not in k]
+    accuracy = {key: key.removeprefix("bbox/") for key in list(dict.fromkeys(accuracies))[:2]}
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (title, label, series) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
+        series = series or accuracy
         for colour, (key, name) in zip(_COLOURS, series.items(), strict=False):
             points = dict(sorted((row["iteration"] + 1, row[key]) for row in rows if key in row))
             marker = "o" if len(points) < 30 else ""

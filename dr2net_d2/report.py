@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from dr2net_d2.data import CocoDataset, load_coco, read_image, resolve_dataset
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.evaluation import PROTOCOLS, Evaluation, choose_protocol, evaluate_boxes
 from dr2net_d2.evaluation import breakdowns as parts
+from dr2net_d2.evaluation.boxes import without_nan
 from dr2net_d2.evaluation.errors import (
     CLASSIFICATION,
     DUPLICATE,
@@ -139,7 +139,7 @@ def gather(
     sizes = parts.recall_by_side(errors, truth)
     found = np.sqrt(truth.objects.area[errors.to_find & (errors.found_score >= score)])
     for row in sizes:
-        high = math.inf if row["high"] is None else row["high"]
+        high = np.inf if row["high"] is None else row["high"]
         row["found_at_threshold"] = int(np.count_nonzero((found >= row["low"]) & (found < high)))
     data = {
         "protocol": {"name": protocol.name, "description": protocol.description},
@@ -190,8 +190,8 @@ def gather(
         "calibration": parts.calibration(errors),
         "density": parts.recall_by_density(errors, truth),
     }
-    finite: dict[str, Any] = _finite(data)
-    return finite
+    without: dict[str, Any] = without_nan(data)
+    return without
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -321,15 +321,6 @@ def _install(built: Path, target: Path) -> None:
     if target.exists():
         target.rename(built.with_name("old"))
     built.rename(target)
-
-
-def _finite(value: Any) -> Any:
-    """NaN, which JSON does not have, as None."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

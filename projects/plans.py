@@ -25,7 +25,7 @@ MARKS = ("<!-- plans -->", "<!-- /plans -->")
 
 @dataclass(frozen=True)
 class Card:
-    """What a config is meant for; ``tflops`` a second it is taken to sustain, a third of its peak."""
+    """What a config is meant for; its TFLOP/s are what it is taken to sustain."""
 
     gigabytes: int
     tflops: int

@@ -111,7 +111,7 @@ class Evaluation:
             "per_size": self.per_size,
             "per_density": self.per_density,
         }
-        file.write_text(json.dumps(_without_nan(content), indent=1) + "\n")
+        file.write_text(json.dumps(without_nan(content), indent=1) + "\n")
 
 
 def evaluate_boxes(
@@ -153,9 +153,12 @@ def evaluate_boxes(
     )
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """NaN, which JSON does not have, as None, in dicts and lists, too."""
     if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dr2net_d2.evaluation.curves import RECALLS, Curve, curve
+from dr2net_d2.evaluation.curves import RECALLS, curve
 from dr2net_d2.evaluation.ignore_regions import in_ignore_regions
 from dr2net_d2.evaluation.matching import (
     Boxes,
@@ -63,7 +63,7 @@ class Counts:
         evaluated = kept_objects & np.isin(objects.category, self.classes)
         outside = np.array([_outside(objects.area, size) for size in protocol.size_bins])
         self.to_find = evaluated & ~objects.crowd & ~outside
-        self._in_recall = evaluated & ~outside if protocol.recall_of_ignored else self.to_find
+        self.in_recall = evaluated & ~outside if protocol.recall_of_ignored else self.to_find
         per_image = np.bincount(objects.image[self.to_find[0]], minlength=len(truth.image_ids))
         self.density = np.searchsorted(DENSITIES, per_image, side="left")
         self.weights = np.ones(len(truth.classes))
@@ -129,8 +129,8 @@ class Counts:
         limits = [np.flatnonzero(rank < most) for most in protocol.max_detections]
         group = self.density[detections.image[by_score]]
         densities = [np.flatnonzero(group == index) for index in range(len(DENSITIES) + 1)]
-        to_find = np.count_nonzero(self._in_recall[:, g], axis=1)
-        group = self.density[objects.image[g[self._in_recall[0, g]]]]
+        to_find = np.count_nonzero(self.in_recall[:, g], axis=1)
+        group = self.density[objects.image[g[self.in_recall[0, g]]]]
         to_find_by_density = np.bincount(group, minlength=len(densities))
         for t, threshold in enumerate(protocol.iou_thresholds):
             for a, (pairs, ignored) in enumerate(matching.at(threshold)):
@@ -145,17 +145,12 @@ class Counts:
                     found = curve(score[rows], right[rows], wrong[rows], to_find[a])
                     self.precision[t, :, k, a, m], self.scores[t, :, k, a, m] = found[:2]
                     self.recall[t, k, a, m] = found.recall
-                    self.average_precision[t, k, a, m] = self._average(found)
+                    self.average_precision[t, k, a, m] = found.average(self._protocol)
                 for index, rows in enumerate(densities if a == 0 else ()):
                     if number := to_find_by_density[index]:
                         found = curve(score[rows], right[rows], wrong[rows], number)
                         self.density_recall[t, k, index] = found.recall
-                        self.density_precision[t, k, index] = self._average(found)
-
-    def _average(self, found: Curve) -> float:
-        if self._protocol.interpolation == "all points":
-            return found.all_points
-        return float(found.precision.mean())
+                        self.density_precision[t, k, index] = found.average(self._protocol)
 
 
 class _Matching:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dr2net_d2.evaluation.protocols import Protocol
+
 RECALLS = np.linspace(0.0, 1.0, 101)
 
 
@@ -23,6 +25,12 @@ class Curve(NamedTuple):
     scores: np.ndarray
     recall: float
     all_points: float
+
+    def average(self, protocol: Protocol) -> float:
+        """The average precision as a protocol means it."""
+        if protocol.interpolation == "all points":
+            return self.all_points
+        return float(self.precision.mean())
 
 
 def curve(scores: np.ndarray, found: np.ndarray, wrong: np.ndarray, objects: int) -> Curve:

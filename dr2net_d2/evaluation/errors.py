@@ -264,9 +264,9 @@ class _Averages:
     ) -> None:
         self._score, self._category, self._weights = results.score, results.category, counts.weights
         self._objects, self._classes = truth.objects.category, counts.classes
-        self._in_recall = counts._in_recall[0]
+        self._in_recall = counts.in_recall[0]
         self._right, self._wrong = right, wrong
-        self._every_recall = protocol.interpolation == "all points"
+        self._protocol = protocol
         # That of ``Counts``: by score, equal scores by image.
         self._order = np.lexsort((results.image, -results.score))
 
@@ -302,4 +302,4 @@ class _Averages:
         self, rows: np.ndarray, right: np.ndarray, wrong: np.ndarray, objects: int
     ) -> float:
         found = curve(self._score[rows], right[rows], wrong[rows], objects)
-        return found.all_points if self._every_recall else float(found.precision.mean())
+        return found.average(self._protocol)
