@@ -1,83 +1,89 @@
-"""Memory and time of the projects' trainings, from the planner: plans/ and the READMEs' tables.
+"""Memory and time of the projects' trainings: plans.json and the table of each README.
 
     python projects/plans.py
 
-Runs ``python -m dr2net_d2.plan`` for every config of VisDrone, AI-TOD and TinyPerson at its batch
-size, without a GPU, keeps plan.json and plan.png beside the configs, and writes the table between
-the marks in each README. Plans that are there already are kept.
+Predicts an iteration of every config of VisDrone, AI-TOD and TinyPerson at its batch size, without
+a GPU, as ``python -m dr2net_d2.plan --tflops`` does, and writes the table between the marks in each
+README. It takes an hour on one core; what is in plans.json already is kept.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dr2net_d2 import plan
-from dr2net_d2.commands import choose_engine, load_config
+import torch
+
+from dr2net_d2.commands import load_config
+from dr2net_d2.planner import Planner, training_side
 from dr2net_d2.reports import markdown_table
 
 HERE = Path(__file__).parent
 MARKS = ("<!-- plans -->", "<!-- /plans -->")
+ARMS = {
+    "dr2net": "ours",
+    "our attention + checkpoint": "with checkpoints",
+    "stock": "stock ViTDet",
+}
+GB = 2**30
 
 
 @dataclass(frozen=True)
 class Card:
     """What a config is meant for; its TFLOP/s are what it is taken to sustain."""
 
+    name: str
     gigabytes: int
     tflops: int
 
 
-CARDS = {"b": Card(24, 50), "l": Card(80, 250)}
-"""An RTX 4090 has 165 TFLOP/s (float16 with float32 sums), an H100 990; both dense."""
+CARDS = {"b": Card("RTX 4090", 24, 50), "l": Card("H100", 80, 250)}
+"""They have 165 and 990 TFLOP/s (float16 with float32 sums, dense)."""
 
 OBJECTS = {"VisDrone": 100, "AITOD": 60, "TinyPerson": 30}
 """In an image, or a tile."""
 
 
-def make_plan(project: str, config: Path) -> Path:
-    folder = config.parent.parent / "plans" / config.stem
-    card = CARDS[config.stem.split("_")[3]]
-    batch = load_config(str(config), [], choose_engine("auto")).SOLVER.IMS_PER_BATCH
-    if not (folder / "plan.json").is_file():
-        words = ["--config-file", str(config.relative_to(HERE.parent)), "--batch-size", str(batch)]
-        words += ["--budget-gb", str(card.gigabytes), "--tflops", str(card.tflops)]
-        words += ["--objects", str(OBJECTS[project]), "--output", str(folder)]
-        if plan.main([*words, "MODEL.DEVICE", "cpu"]):
-            raise SystemExit(f"no plan for {config}")
-    return folder / "plan.json"
+def plan(project: str, config: Path) -> dict[str, Any]:
+    cfg = load_config(str(config), ["MODEL.DEVICE", "cpu"], "detectron2")
+    side, batch = training_side(cfg), cfg.SOLVER.IMS_PER_BATCH
+    row = {
+        "config": config.stem,
+        "image_size": side,
+        "batch_size": batch,
+        "objects": OBJECTS[project],
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "card": asdict(CARDS[config.stem.split("_")[3]]),
+        "torch": torch.__version__,
+        "peak": {},
+    }
+    for arm in ARMS:
+        planner = Planner(cfg, arm, OBJECTS[project])
+        row["peak"][arm] = planner.peak(side, batch)
+        if arm == "dr2net":
+            row["flop"] = batch * planner.flops(side)
+        print(config.stem, arm, f"{row['peak'][arm] / GB:.2f} GB", flush=True)
+    return row
 
 
-def row(config: Path, results: dict[str, Any]) -> list[str]:
-    setting, arms = results["setting"], {arm["arm"]: arm for arm in results["arms"]}
-    ours, stock, checkpoint = (
-        arms[name] for name in ("dr2net", "stock", "our attention + checkpoint")
-    )
-    iterations = load_config(str(config), [], setting["engine"]).SOLVER.MAX_ITER
-    return [
-        f"`{config.stem}`",
-        f"{setting['image_size']} px x {setting['batch_size']}",
-        *(f"{arm['peak'] / 2**30:.1f}" for arm in (ours, checkpoint, stock)),
-        f"{ours['largest_batch']}",
-        f"{ours['tflop']:.0f}",
-        f"{ours['seconds'] * iterations / 3600:.0f} h at {setting['tflops']:g} TFLOP/s",
-    ]
-
-
-def table(project: str) -> str:
-    rows = [
-        [
-            *("config", "batch", "peak, GB", "with checkpoints", "stock ViTDet"),
-            *("largest batch in the card", "TFLOP an iteration", "training"),
-        ]
-    ]
-    for config in sorted((HERE / project / "configs").glob("*.yaml")):
-        results = json.loads(make_plan(project, config).read_text())
-        rows.append(row(config, results))
-    return markdown_table(rows)
+def table(rows: list[dict[str, Any]]) -> str:
+    cells = [["config", "card", "batch", *(f"{name}, GB" for name in ARMS.values()), "training"]]
+    for row in rows:
+        card = row["card"]
+        hours = row["flop"] * row["iterations"] / (card["tflops"] * 1e12) / 3600
+        cells.append(
+            [
+                f"`{row['config']}`",
+                f"{card['gigabytes']} GB",
+                f"{row['batch_size']} x {row['image_size']} px",
+                *(f"{row['peak'][arm] / GB:.1f}" for arm in ARMS),
+                f"{row['flop'] / 1e12:.0f} TFLOP x {row['iterations']}: {hours:.0f} h",
+            ]
+        )
+    return markdown_table(cells)
 
 
 def write_table(readme: Path, text: str) -> None:
@@ -88,7 +94,13 @@ def write_table(readme: Path, text: str) -> None:
 
 def main() -> None:
     for project in OBJECTS:
-        write_table(HERE / project / "README.md", table(project))
+        file = HERE / project / "plans.json"
+        rows = json.loads(file.read_text()) if file.is_file() else []
+        for config in sorted((HERE / project / "configs").glob("*.yaml")):
+            if config.stem not in {row["config"] for row in rows}:
+                rows.append(plan(project, config))
+                file.write_text(json.dumps(rows, indent=1) + "\n")
+        write_table(HERE / project / "README.md", table(rows))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dr2net_d2.commands import torch_device
 from dr2net_d2.config import LEAN_PARTS, amp_dtype, warn_of_limits
 from dr2net_d2.core import CoefficientSchedule, reversible_stacks
 from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights, model_limits
+from dr2net_d2.d2.data import tile_dicts
 from dr2net_d2.d2.inference import without_cropping
 from dr2net_d2.d2.lean import make_lean
 from dr2net_d2.d2.sharding import shard
@@ -138,7 +139,15 @@ class LazyExperiment:
         for split in self._splits:
             names = self._densest.keys() & {*self._names(split)}
             densest = {name: self._densest[name] for name in names}
-            warn_of_limits(model_limits(self.model, split == "train"), densest)
+            warn_of_limits(self._limits(split), densest)
+
+    def _limits(self, split: str) -> dict[str, int]:
+        """Those of an image, by path; the model's are a tile's where it sees tiles."""
+        if split == "test" and "slicing" in self._own:
+            return {"dr2net.slicing.most": instantiate(self._own.slicing).most}
+        if split == "train" and self.cfg.dataloader.train.dataset._target_ is tile_dicts:
+            return {}
+        return model_limits(self.model, split == "train")
 
     def _names(self, split: str) -> list[str]:
         """Those of the datasets, if the loader reads datasets by names."""

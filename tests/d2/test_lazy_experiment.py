@@ -1,6 +1,7 @@
 """LazyConfigs: Detectron2's own with two words changed, and mistakes in one's own."""
 
 import argparse
+import logging
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,16 @@ dataloader.test.num_workers = 0
 dataloader.test.mapper.augmentations[0].update(short_edge_length=48, max_size=48)
 dr2net.slicing = L(Slicing)(grid=L(Grid)(size=64, overlap=0.25), most=50)
 """
+
+
+def test_limits_are_those_of_images_and_not_of_tiles(tmp_path, caplog):
+    source = READY.replace(str(CONFIG), str(CONFIG.parents[1] / BOXES)) + TILES
+    source += "model.proposal_generator.post_nms_topk = (1, 1)\ndr2net.slicing.most = 2\n"
+    logging.getLogger("dr2net_d2").propagate = True
+    with caplog.at_level(logging.WARNING):
+        LazyExperiment(arguments(tmp_path, source)).warn()
+    (found,) = [r.getMessage() for r in caplog.records if "objects" in r.getMessage()]
+    assert " objects, but dr2net.slicing.most is 2; " in found
 
 
 def test_tiles_are_trained_on_and_evaluated_in(tmp_path, monkeypatch):
