@@ -10,7 +10,6 @@ README. It takes an hour on one core; what is in plans.json already is kept.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ import torch
 
 from dr2net_d2.commands import load_config
 from dr2net_d2.planner import Planner, training_side
-from dr2net_d2.reports import markdown_table
+from dr2net_d2.reports import fill_page, markdown_table
 
 HERE = Path(__file__).parent
-MARKS = ("<!-- plans -->", "<!-- /plans -->")
 ARMS = {
     "dr2net": "ours",
     "our attention + checkpoint": "with checkpoints",
@@ -86,12 +84,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(cells)
 
 
-def write_table(readme: Path, text: str) -> None:
-    pattern = f"({re.escape(MARKS[0])}\n).*({re.escape(MARKS[1])})"
-    old = readme.read_text()
-    readme.write_text(re.sub(pattern, lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.DOTALL))
-
-
 def main() -> None:
     for project in OBJECTS:
         file = HERE / project / "plans.json"
@@ -100,7 +92,7 @@ def main() -> None:
             if config.stem not in {row["config"] for row in rows}:
                 rows.append(plan(project, config))
                 file.write_text(json.dumps(rows, indent=1) + "\n")
-        write_table(HERE / project / "README.md", table(rows))
+        fill_page(HERE / project / "README.md", {"plans": table(rows)})
 
 
 if __name__ == "__main__":

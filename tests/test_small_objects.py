@@ -1,10 +1,15 @@
-"""The similarity that projects/small_objects/assignment.py compares with IoU."""
+"""projects/small_objects: the similarity that is compared with IoU, and the tables of README."""
 
+import json
 import math
 
 import torch
 
+from dr2net_d2.commands import load_config
+from dr2net_d2.planner import training_side
 from tests import projects
+
+ENGINE = "torchvision"
 
 
 def test_nwd_by_hand(monkeypatch):
@@ -19,3 +24,27 @@ def test_nwd_by_hand(monkeypatch):
     # Centres (7, 7) and (5, 10), half sides 2, 2 and 5, 10.
     far = math.exp(-math.sqrt(2**2 + 3**2 + 3**2 + 8**2) / 10)
     torch.testing.assert_close(nwd[1, 0], torch.tensor(far))
+
+
+def test_tables_are_those_of_the_raw_results(monkeypatch):
+    (report,) = projects.load(monkeypatch, "small_objects", "report")
+    page = (projects.PROJECTS / "small_objects" / "README.md").read_text()
+    for name, table in report.TABLES.items():
+        assert f"<!-- {name} -->\n{table()}\n<!-- /{name} -->" in page
+
+
+def test_plans_are_those_of_the_configs(monkeypatch):
+    (plans,) = projects.load(monkeypatch, ".", "plans")
+    for project in plans.OBJECTS:
+        folder = projects.PROJECTS / project
+        rows = json.loads((folder / "plans.json").read_text())
+        assert plans.table(rows) in (folder / "README.md").read_text()
+        assert [row["config"] for row in rows] == sorted(
+            path.stem for path in (folder / "configs").iterdir()
+        )
+        for row in rows:
+            cfg = load_config(str(folder / "configs" / f"{row['config']}.yaml"), [], ENGINE)
+            assert row["iterations"] == cfg.SOLVER.MAX_ITER
+            assert row["batch_size"] == cfg.SOLVER.IMS_PER_BATCH
+            assert row["image_size"] == training_side(cfg) == cfg.INPUT.LSJ.IMAGE_SIZE
+            assert row["peak"]["dr2net"] < 0.9 * row["card"]["gigabytes"] * 2**30

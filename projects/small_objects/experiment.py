@@ -6,8 +6,7 @@
 Trains experiment.yaml with torchvision, four arms for each seed, all with the same number of
 iterations on inputs of the same size: a tile of 128 px comes into the network as large as a whole
 image of 256 px. One line of experiment.jsonl per finished run; runs that are there already are
-skipped, so processes with different seeds may run side by side. Prints README's table and draws
-experiment.png.
+skipped, so processes with different seeds may run side by side. report.py makes the table.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -89,21 +88,7 @@ def read_results() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()]
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Mean and standard deviation over the seeds."""
-    lines = [f"| | {' | '.join(METRICS.values())} | seeds |", f"| --- {'| --: ' * 6}|"]
-    for arm in ARMS:
-        runs = [row for row in results if row["arm"] == arm]
-        cells = []
-        for name in METRICS:
-            values = [row[name] for row in runs if row[name] is not None]
-            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.1f}{spread}" if values else "-")
-        lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs)} |")
-    return "\n".join(lines)
-
-
-def draw(results: Sequence[dict[str, Any]]) -> None:
+def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     colours = ("#999999", "#0072B2", "#D55E00", "#009E73")
@@ -120,7 +105,7 @@ def draw(results: Sequence[dict[str, Any]]) -> None:
     axes.set_title("Digits of 8 to 16 px; bars: mean, points: seeds")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(HERE / "experiment.png", dpi=120)
+    figure.savefig(picture, dpi=120)
 
 
 def main() -> None:
@@ -134,9 +119,6 @@ def main() -> None:
                 row = run(arm, seed)
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-    results = read_results()
-    print(table(results))
-    draw(results)
 
 
 if __name__ == "__main__":
