@@ -31,6 +31,7 @@ def test_tables_are_those_of_the_raw_results(monkeypatch):
     page = (projects.PROJECTS / "small_objects" / "README.md").read_text()
     for name, table in report.TABLES.items():
         assert f"<!-- {name} -->\n{table()}\n<!-- /{name} -->" in page
+    assert report.headline() in (projects.PROJECTS.parent / "README.md").read_text()
 
 
 def test_plans_are_those_of_the_configs(monkeypatch):

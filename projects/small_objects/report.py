@@ -1,4 +1,4 @@
-"""Fills the tables of README from the raw results beside it, and draws experiment.png.
+"""Fills the tables of README, and of the one on top, from raw results; draws experiment.png.
 
 python projects/small_objects/report.py
 """
@@ -93,7 +93,14 @@ TABLES = {
 }
 
 
+def headline() -> str:
+    """AP alone, for the project's README."""
+    runs = [[row["AP"] for row in read_results() if row["arm"] == arm] for arm in ARMS]
+    return markdown_table([[*ARMS], [spread(values) for values in runs]])
+
+
 def main() -> None:
+    fill_page(HERE.parents[1] / "README.md", {"small objects": headline()})
     fill_page(HERE / "README.md", {name: table() for name, table in TABLES.items()})
     draw(read_results(), HERE / "experiment.png")
 
