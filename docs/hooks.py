@@ -19,5 +19,6 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, **_):
-    """Links out of docs/ lead in the repository where they lead on the site."""
-    return re.sub(r"\]\(\.\./(?=(configs|projects)/)", "](", markdown)
+    """Links out of docs/ and into it lead in the repository where they lead on the site."""
+    markdown = re.sub(r"\]\(\.\./(?=(configs|projects)/)", "](", markdown)
+    return markdown.replace("](../../docs/", "](../../")
