@@ -47,7 +47,6 @@ METRICS = {
     "AP50": "AP50",
     "APvt": "below 8 px",
     "APt": "8 to 16 px",
-    "APs": "16 to 32 px",
 }
 
 
