@@ -252,7 +252,7 @@ def something_else(folder):
         (None, ["--dataset", "atlantis"], "dataset 'atlantis' is not known"),
         (None, ["--images", "-1"], "--images is -1; it must be 0 or more"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_mistakes(damage, words, message, output, capsys):
     if damage:
