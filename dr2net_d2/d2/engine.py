@@ -97,6 +97,9 @@ def _work(args: argparse.Namespace, outcome: MutableMapping[str, Any]) -> None:
         raise
     if comm.is_main_process():
         outcome["results"] = results
+    if distributed.is_initialized():
+        # Its threads, left to the end of the process, abort it now and then.
+        distributed.destroy_process_group()
 
 
 def _train_or_evaluate(args: argparse.Namespace) -> Results:
