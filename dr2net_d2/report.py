@@ -24,11 +24,11 @@ import numpy as np
 from tqdm import tqdm
 
 from dr2net_d2.commands import run_command
-from dr2net_d2.data import CocoDataset, load_coco, read_image, resolve_dataset
+from dr2net_d2.data import CocoRecord, load_coco, read_image, resolve_dataset
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.evaluation import PROTOCOLS, Evaluation, choose_protocol, evaluate_boxes
+from dr2net_d2.evaluation import PROTOCOLS, RESULTS_FILE, Evaluation, choose_protocol
 from dr2net_d2.evaluation import breakdowns as parts
-from dr2net_d2.evaluation.boxes import without_nan
+from dr2net_d2.evaluation.boxes import evaluate_tables, without_nan
 from dr2net_d2.evaluation.errors import (
     CLASSIFICATION,
     DUPLICATE,
@@ -43,7 +43,7 @@ from dr2net_d2.report_html import Picture, WorstImage, encode
 from dr2net_d2.report_page import describe, write_page
 from dr2net_d2.report_pictures import DARK, LIGHT, PICTURES, draw_curves
 from dr2net_d2.report_scenes import CROP, WHOLE, Scene, contact_sheet, draw_scene
-from dr2net_d2.report_source import RESULTS_FILE, read_detections, recorded
+from dr2net_d2.report_source import read_detections, recorded
 
 logger = logging.getLogger(__name__)
 
@@ -101,19 +101,24 @@ def run(args: argparse.Namespace) -> Path:
     truth = read_truth(json_file)
     table = read_results(results, truth)
     logger.info("evaluating by %s", protocol.title)
-    evaluation = evaluate_boxes(json_file, results, protocol)
+    evaluation = evaluate_tables(truth, table, protocol)
     logger.info("sorting errors\n%s", evaluation.table())
     errors = find_errors(truth, table, protocol)
     source = {"dataset": record.dataset, "results": str(results_file)}
     data = source | gather(evaluation, errors, truth, table)
     worst = _worst_images(errors, truth, table, data["threshold"]["score"], args.images)
-    data["worst"] = [_describe(i, numbers, dataset, truth) for i, numbers in worst]
+    records = {record.image_id: record for record in dataset.records}
+    of_worst = [records[int(truth.image_ids[image])] for image, _ in worst]
+    data["worst"] = [
+        {"image_id": record.image_id, "file_name": record.file_name, **numbers}
+        for record, (_, numbers) in zip(of_worst, worst, strict=True)
+    ]
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".report_", dir=output) as scratch:
             built = Path(scratch, FOLDER)
             built.mkdir()
-            _write(built, data, dataset, errors, truth, table, [i for i, _ in worst])
+            _write(built, data, of_worst, errors, truth, table, [i for i, _ in worst])
             _install(built, output / FOLDER)
     except OSError as error:
         raise ConfigError(
@@ -221,18 +226,10 @@ def _worst_images(
     return [(i, {key: int(n[i]) for key, n in numbers.items()}) for i in order if total[i]]
 
 
-def _describe(
-    image: int, numbers: dict[str, int], dataset: CocoDataset, truth: GroundTruth
-) -> dict[str, Any]:
-    image_id = int(truth.image_ids[image])
-    (record,) = (record for record in dataset.records if record.image_id == image_id)
-    return {"image_id": image_id, "file_name": record.file_name, **numbers}
-
-
 def _write(
     folder: Path,
     data: dict[str, Any],
-    dataset: CocoDataset,
+    records: Sequence[CocoRecord],
     errors: Errors,
     truth: GroundTruth,
     results: Table,
@@ -244,7 +241,6 @@ def _write(
         )
         for iou in data["curves"]["by_iou"]
     }
-    records = {record.image_id: record for record in dataset.records}
     pictures: dict[str, Picture] = {}
     images, crops = [], []
     share = PAGE_BYTES // max(len(worst), 12)
@@ -253,8 +249,8 @@ def _write(
             pictures[name] = Picture.of(draw(data, LIGHT), draw(data, DARK))
             (folder / f"{name}.png").write_bytes(pictures[name].light)
             progress.update()
-        for image, row in zip(worst, data["worst"], strict=True):
-            pixels = read_image(records[row["image_id"]])[..., ::-1]
+        for image, record, row in zip(worst, records, data["worst"], strict=True):
+            pixels = read_image(record)[..., ::-1]
             scene = make_scene(pixels, image, errors, truth, results, data["threshold"]["score"])
             row["window"] = scene.window()
             crop = draw_scene(scene, scene.window(), CROP)

@@ -12,8 +12,6 @@ import yaml
 
 from dr2net_d2.errors import ConfigError, DatasetError
 
-RESULTS_FILE = Path("inference", "coco_instances_results.json")
-
 _KEYS = {"image_id", "category_id", "bbox", "score"}
 
 

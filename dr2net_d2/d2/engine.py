@@ -24,6 +24,7 @@ from dr2net_d2.d2.lazy_experiment import LazyExperiment
 from dr2net_d2.d2.trainer import Results
 from dr2net_d2.d2.yaml_experiment import YamlExperiment
 from dr2net_d2.errors import ConfigError, UserError
+from dr2net_d2.evaluation import RESULTS_FILE
 from dr2net_d2.pictures import draw_curves, draw_predictions
 
 
@@ -141,7 +142,7 @@ def _train_or_evaluate(args: argparse.Namespace) -> Results:
 
 def _draw_predictions(output_dir: str, dataset: str | None) -> None:
     """Of the dataset whose results file is in the output folder, if it can be read."""
-    results = Path(output_dir, "inference", "coco_instances_results.json")
+    results = Path(output_dir, RESULTS_FILE)
     if dataset is not None and results.is_file():
         metadata = MetadataCatalog.get(dataset)
         picture = Path(output_dir, "predictions.png")

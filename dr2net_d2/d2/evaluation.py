@@ -17,7 +17,7 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.evaluation import EVALUATION_FILE, choose_protocol, evaluate_boxes
+from dr2net_d2.evaluation import EVALUATION_FILE, RESULTS_FILE, choose_protocol, evaluate_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class ProtocolEvaluator(DatasetEvaluator):
         if self._output_dir:
             folder = Path(self._output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "coco_instances_results.json").write_text(json.dumps(results))
+            (folder / RESULTS_FILE.name).write_text(json.dumps(results))
             evaluation.save(folder / EVALUATION_FILE)
         logger.info("Boxes on %s by %s\n%s", self._name, self._protocol.title, evaluation.table())
         return OrderedDict(bbox=evaluation.metrics)

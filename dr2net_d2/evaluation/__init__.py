@@ -2,6 +2,7 @@
 
 from dr2net_d2.evaluation.boxes import (
     EVALUATION_FILE,
+    RESULTS_FILE,
     Evaluation,
     Matches,
     evaluate_boxes,
@@ -17,6 +18,7 @@ from dr2net_d2.evaluation.protocols import (
 __all__ = [
     "EVALUATION_FILE",
     "PROTOCOLS",
+    "RESULTS_FILE",
     "Evaluation",
     "Matches",
     "Metric",

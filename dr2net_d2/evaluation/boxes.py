@@ -13,7 +13,10 @@ import numpy as np
 
 from dr2net_d2.evaluation.counting import DENSITIES, MATCH_IOU, Counts
 from dr2net_d2.evaluation.protocols import PROTOCOLS, Metric, Protocol
-from dr2net_d2.evaluation.tables import GroundTruth, read_results, read_truth
+from dr2net_d2.evaluation.tables import GroundTruth, Table, read_results, read_truth
+
+RESULTS_FILE = Path("inference", "coco_instances_results.json")
+"""Where in its output folder a training leaves the detections, in COCO format."""
 
 EVALUATION_FILE = "evaluation.json"
 """What ``Evaluation.save`` writes, beside the detections."""
@@ -136,11 +139,16 @@ def evaluate_boxes(
         DatasetError: results that cannot be of this dataset, or are not finite.
     """
     truth = read_truth(json_file)
-    counts = Counts(truth, read_results(results, truth), protocol)
+    return evaluate_tables(truth, read_results(results, truth), protocol)
+
+
+def evaluate_tables(truth: GroundTruth, results: Table, protocol: Protocol) -> Evaluation:
+    """``evaluate_boxes`` of what has been read."""
+    counts = Counts(truth, results, protocol)
     summary = _Summary(counts, truth, protocol)
     return Evaluation(
         protocol=protocol,
-        metrics=summary.metrics(bool(results)),
+        metrics=summary.metrics(len(results.score) > 0),
         classes=truth.classes,
         per_class=summary.per_class(),
         per_size=summary.per_size(),

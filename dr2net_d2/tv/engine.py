@@ -26,12 +26,13 @@ from dr2net_d2.config import (
 )
 from dr2net_d2.data import CocoRecord
 from dr2net_d2.errors import ConfigError
+from dr2net_d2.evaluation import RESULTS_FILE
 from dr2net_d2.pictures import draw_curves, draw_predictions
 from dr2net_d2.tv.config import check_config
 from dr2net_d2.tv.dataset import Split, load_split
 from dr2net_d2.tv.model import build_model
 from dr2net_d2.tv.output import RunLog
-from dr2net_d2.tv.training import RESULTS_FILE, Training, evaluate
+from dr2net_d2.tv.training import Training, evaluate
 
 logger = logging.getLogger(__name__)
 

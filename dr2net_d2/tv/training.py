@@ -30,7 +30,7 @@ from dr2net_d2.core.memory import peak_memory_bytes
 from dr2net_d2.core.replay import rng_state, set_rng_state
 from dr2net_d2.data import CocoRecord
 from dr2net_d2.errors import UserError, WeightsError, config_section
-from dr2net_d2.evaluation import EVALUATION_FILE, evaluate_boxes
+from dr2net_d2.evaluation import EVALUATION_FILE, RESULTS_FILE, evaluate_boxes
 from dr2net_d2.finetuning import GradientGuard, check_losses, divergence_at, update_coefficients
 from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.slicing import build_slicing
@@ -50,9 +50,6 @@ logger = logging.getLogger(__name__)
 
 LOG_PERIOD = 20
 """Iterations between two lines of metrics.json."""
-
-RESULTS_FILE = Path("inference", "coco_instances_results.json")
-"""Detections of the last evaluation in COCO format, within OUTPUT_DIR."""
 
 
 class Training:

@@ -7,7 +7,7 @@ import torch
 
 from dr2net_d2 import report
 from dr2net_d2.errors import ConfigError, UserError, WeightsError
-from dr2net_d2.evaluation import PROTOCOLS, evaluate_boxes
+from dr2net_d2.evaluation import PROTOCOLS, RESULTS_FILE, evaluate_boxes
 from dr2net_d2.optimizer import build_optimizer
 from dr2net_d2.tv import engine, training
 from dr2net_d2.tv.dataset import load_split
@@ -73,7 +73,7 @@ def test_metrics_file(finished):
 
 def test_reported_metrics_are_those_of_the_results_file(finished, dataset_cache):
     folder, metrics = finished
-    results = json.loads((folder / training.RESULTS_FILE).read_text())
+    results = json.loads((folder / RESULTS_FILE).read_text())
     split = load_split("small_digits_val_n4_s64_d3")
     assert {row["category_id"] for row in results} <= set(split.content.category_ids)
     assert {row["image_id"] for row in results} == {r.image_id for r in split.content.records}
@@ -88,7 +88,7 @@ def test_results_say_their_protocol(finished, arguments, tmp_path):
     weights = ("MODEL.WEIGHTS", str(finished[0] / "model_final.pth"))
     options = ("OUTPUT_DIR", str(tmp_path / "eval"), "TEST.PROTOCOL", "visdrone")
     metrics = engine.run(arguments(*weights, *options, eval_only=True))["bbox"]
-    results = json.loads((tmp_path / "eval" / training.RESULTS_FILE).read_text())
+    results = json.loads((tmp_path / "eval" / RESULTS_FILE).read_text())
     json_file = load_split("small_digits_val_n4_s64_d3").json_file
     expected = evaluate_boxes(json_file, results, PROTOCOLS["visdrone"]).metrics
     assert metrics == pytest.approx(expected, nan_ok=True)
@@ -137,7 +137,7 @@ def test_eval_only_equals_the_final_evaluation(finished, arguments, tmp_path):
     assert engine.run(arguments(*weights, *output, eval_only=True)) == {
         "bbox": pytest.approx(metrics["bbox"], nan_ok=True, rel=0, abs=0)
     }
-    assert (tmp_path / "eval" / training.RESULTS_FILE).is_file()
+    assert (tmp_path / "eval" / RESULTS_FILE).is_file()
     assert (tmp_path / "eval" / "predictions.png").is_file()
 
 

@@ -11,11 +11,11 @@ import torch
 from dr2net_d2.data import CocoRecord, read_image
 from dr2net_d2.data.tiling import Grid, TileChoice
 from dr2net_d2.errors import ConfigError
+from dr2net_d2.evaluation import RESULTS_FILE
 from dr2net_d2.tv import engine
 from dr2net_d2.tv.dataset import Jitter, TrainingStream, choose_training_tiles, load_split
 from dr2net_d2.tv.inference import Predictor
 from dr2net_d2.tv.model import build_model
-from dr2net_d2.tv.training import RESULTS_FILE
 
 TILES = ("INPUT.TILES.ENABLED", "True", "INPUT.TILES.SIZE", "64")
 SLICES = ("TEST.TILES.ENABLED", "True", "TEST.TILES.SIZE", "64")
