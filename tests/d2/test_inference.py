@@ -16,7 +16,6 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone import vit as stock
 from detectron2.utils.events import EventStorage
 from sahi.predict import get_sliced_prediction
-from torch import nn
 
 from dr2net_d2 import demo, export
 from dr2net_d2.core.checkpoint import plain_vit_state_dict
@@ -25,7 +24,7 @@ from dr2net_d2.d2.inference import Predictor, without_cropping
 from dr2net_d2.d2.sahi import SahiModel
 from dr2net_d2.data import load_coco, resolve_dataset
 from dr2net_d2.errors import ConfigError, WeightsError
-from tests.d2.tiny import arguments, batch, tiny_cfg, write_yaml
+from tests.d2.tiny import arguments, batch, save_detector, tiny_cfg, write_yaml
 
 BACKBONES = [f"build_{name}_backbone" for name in ("dr2net_vitdet", "vitdet", "dr2net_vit", "vit")]
 VIT_ALONE = (
@@ -39,12 +38,7 @@ VIT_ALONE = (
 def trained(tmp_path_factory):
     """A checkpoint of the tiny detector in RGB order at beta 1/2, and the detector."""
     folder = tmp_path_factory.mktemp("trained")
-    torch.manual_seed(0)
-    model = build_model(tiny_cfg(folder)).eval()
-    for parameter in model.backbone.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    model.backbone.net.coefficients.set(0.5, 0.5)
-    torch.save({"model": model.state_dict()}, folder / "model.pth")
+    model = save_detector(folder / "model.pth")
     return ("MODEL.WEIGHTS", folder / "model.pth", "INPUT.FORMAT", "RGB"), model
 
 

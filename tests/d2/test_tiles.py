@@ -9,10 +9,8 @@ import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, build_detection_train_loader
-from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 from sahi.predict import get_sliced_prediction
-from torch import nn
 
 from dr2net_d2.d2 import run
 from dr2net_d2.d2.data import CheckedMapper, register_dataset, skip_batches, tile_dicts
@@ -24,7 +22,7 @@ from dr2net_d2.data import tiling
 from dr2net_d2.data.tiling import Grid
 from dr2net_d2.errors import ConfigError, DatasetError
 from dr2net_d2.slicing import Slicing
-from tests.d2.tiny import arguments, tiny_cfg
+from tests.d2.tiny import arguments, save_detector, tiny_cfg
 
 TILES = ("INPUT.TILES.ENABLED", True, "INPUT.TILES.SIZE", 64)
 SLICES = ("TEST.TILES.ENABLED", True, "TEST.TILES.SIZE", 64)
@@ -155,12 +153,7 @@ def tile_dicts_of_large():
 def trained(tmp_path_factory):
     """The overrides that lead to a detector at beta 1/2, and the detector."""
     folder = tmp_path_factory.mktemp("trained")
-    torch.manual_seed(0)
-    model = build_model(tiny_cfg(folder)).eval()
-    for parameter in model.backbone.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    model.backbone.net.coefficients.set(0.5, 0.5)
-    torch.save({"model": model.state_dict()}, folder / "model.pth")
+    model = save_detector(folder / "model.pth")
     return ("MODEL.WEIGHTS", folder / "model.pth"), model
 
 

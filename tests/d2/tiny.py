@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dr2net_d2.config import merge_config
@@ -84,6 +86,17 @@ def batch(*sizes, objects=3, seed=0):
              "height": height, "width": width}
         )  # fmt: skip
     return inputs
+
+
+def save_detector(file: Path) -> nn.Module:
+    """The tiny detector at beta 1/2, with weights of which every image gives other features."""
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg(file.parent)).eval()
+    for parameter in model.backbone.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model.backbone.net.coefficients.set(0.5, 0.5)
+    torch.save({"model": model.state_dict()}, file)
+    return model
 
 
 def launch_one(work, *_, args):
