@@ -27,6 +27,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from dr2net_d2.commands import choose_engine, load_config, make_parser, run_command
+from dr2net_d2.config import value_of
 from dr2net_d2.data import CocoRecord, load_coco, resolve_dataset
 from dr2net_d2.data.anchors import Anchors, Objects, propose_anchors
 from dr2net_d2.errors import ConfigError
@@ -63,7 +64,7 @@ def training_objects(cfg: CfgNode, records: Sequence[CocoRecord], divisor: int) 
     Raises:
         ConfigError: no object, or INPUT.CROP.ENABLED.
     """
-    data, tiles = cfg.INPUT, cfg.INPUT.get("TILES")
+    data, tiles = cfg.INPUT, cfg.INPUT.TILES
     if data.CROP.ENABLED:
         raise ConfigError("INPUT.CROP.ENABLED is True; at that random scale no anchors are found")
     rng = np.random.default_rng(0)
@@ -74,7 +75,7 @@ def training_objects(cfg: CfgNode, records: Sequence[CocoRecord], divisor: int) 
         corners = record.boxes[~record.iscrowd].reshape(-1, 2, 2).astype(np.float64)
         image = np.array([record.width, record.height], dtype=np.float64)
         corners = corners.clip(0, image)
-        if tiles is not None and tiles.ENABLED:
+        if tiles.ENABLED:
             # Each object in a tile that has it whole, or nearly.
             tile = np.minimum(image, tiles.SIZE)
             first = corners.mean(axis=1) // tile * tile
@@ -182,7 +183,8 @@ def _row(name: str, ious: Sequence[np.ndarray]) -> list[str]:
 def changes(cfg: CfgNode, overrides: Sequence[str], anchors: Anchors) -> dict[str, Any]:
     """What a config needs beside its base: the overrides, and new anchors."""
     ratios = anchors.aspect_ratios[0]
-    values = {key: _value(cfg, key) for key in overrides[::2]} | {
+    given = {key: value_of(cfg, key) for key in overrides[::2]}
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in given.items()} | {
         f"{_SECTION}.SIZES": [list(sizes) for sizes in anchors.sizes],
         f"{_SECTION}.ASPECT_RATIOS": [list(ratios)],
     }
@@ -194,13 +196,6 @@ def changes(cfg: CfgNode, overrides: Sequence[str], anchors: Anchors) -> dict[st
             node = node.setdefault(section, {})
         node[name] = value
     return tree
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    node = cfg
-    for part in key.split("."):
-        node = node[part]
-    return list(node) if isinstance(node, tuple) else node
 
 
 def write_config(output: Path, config_file: str, tree: dict[str, Any]) -> None:

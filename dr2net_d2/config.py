@@ -98,6 +98,11 @@ def dr2net_arguments(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+def value_of(cfg: CfgNode, key: str) -> Any:
+    """The value of a key with dots."""
+    return reduce(getattr, key.split("."), cfg)
+
+
 def head_section(cfg: CfgNode) -> str:
     """The section of MODEL that has NUM_CLASSES of the detector."""
     sections = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
@@ -298,8 +303,8 @@ def box_limits(cfg: CfgNode, phase: str) -> dict[str, int]:
         phase: "TRAIN" or "TEST", as in DATASETS.
     """
     section = head_section(cfg)
-    tiles = (cfg.INPUT if phase == "TRAIN" else cfg.TEST).get("TILES")
-    if tiles is not None and tiles.ENABLED:
+    tiles = (cfg.INPUT if phase == "TRAIN" else cfg.TEST).TILES
+    if tiles.ENABLED:
         keys = []
     elif section == "ROI_HEADS":
         keys = [f"MODEL.RPN.{when}_NMS_TOPK_{phase}" for when in ("PRE", "POST")]
@@ -307,7 +312,7 @@ def box_limits(cfg: CfgNode, phase: str) -> dict[str, int]:
         keys = [f"MODEL.{section}.TOPK_CANDIDATES_TEST"] if phase == "TEST" else []
     if phase == "TEST":
         keys.append("TEST.DETECTIONS_PER_IMAGE")
-    return {key: reduce(getattr, key.split("."), cfg) for key in keys}
+    return {key: value_of(cfg, key) for key in keys}
 
 
 def warn_of_limits(limits: Mapping[str, int], densest: Mapping[str, int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 from detectron2.layers import ShapeSpec
@@ -14,7 +14,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from dr2net_d2.config import dr2net_arguments, lean_parts, vit_arguments
+from dr2net_d2.config import dr2net_arguments, lean_parts, value_of, vit_arguments
 from dr2net_d2.core import Dr2NetViT, SimpleFeaturePyramid
 from dr2net_d2.errors import ConfigError, config_section
 
@@ -188,7 +188,7 @@ def padding(cfg: CfgNode, section: str, stride: int) -> int:
     square = math.ceil(cfg.MODEL[section].SQUARE_PAD / stride) * stride
     train = "LSJ.IMAGE_SIZE" if cfg.INPUT.LSJ.ENABLED else "MAX_SIZE_TRAIN"
     for key in (train, "MAX_SIZE_TEST"):
-        if 0 < square < (longest := reduce(getattr, key.split("."), cfg.INPUT)):
+        if 0 < square < (longest := value_of(cfg.INPUT, key)):
             raise ConfigError(
                 f"INPUT.{key} is {longest} and MODEL.{section}.SQUARE_PAD {square}: larger images "
                 "would need several squares; lower the one or raise the other (0 pads to strides)"

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from dr2net_d2.config import training_tiles
+from dr2net_d2.config import training_tiles, value_of
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.slicing import Found, Slicing, build_slicing
 
@@ -106,9 +106,5 @@ def check_tiles(cfg: CfgNode) -> None:
     if build_slicing(cfg):
         refused += [("TEST", key) for key in ("MODEL.LOAD_PROPOSALS", "TEST.AUG.ENABLED")]
     for split, key in refused:
-        section, _, name = key.rpartition(".")
-        node = cfg
-        for part in section.split("."):
-            node = node[part]
-        if node[name]:
+        if value_of(cfg, key):
             raise ConfigError(f"{split}.TILES.ENABLED does not go with {key} True; turn off one")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from functools import reduce
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from dr2net_d2.config import check_jittering, training_tiles
+from dr2net_d2.config import check_jittering, training_tiles, value_of
 from dr2net_d2.config_keys import add_dr2net_config
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.evaluation import choose_protocol
@@ -266,13 +265,13 @@ def check_config(cfg: CfgNode) -> None:
             _refuse(key, value, accepted)
         logger.info("%s is ignored: it is for Detectron2", key)
     for key, choices in _CHOICES.items():
-        if (value := _get(cfg, key)) not in choices:
+        if (value := value_of(cfg, key)) not in choices:
             _refuse(key, value, choices)
     for key, minimum in _MINIMA.items():
-        if (value := _get(cfg, key)) < minimum:
+        if (value := value_of(cfg, key)) < minimum:
             raise ConfigError(f"{key} is {value}; it must be at least {minimum}")
     for key, length in _LENGTHS.items():
-        if len(value := _get(cfg, key)) != length:
+        if len(value := value_of(cfg, key)) != length:
             raise ConfigError(f"{key} is {value!r}; it must have {length} numbers")
     if not cfg.MODEL.RPN.CONV_DIMS or set(cfg.MODEL.RPN.CONV_DIMS) != {-1}:
         raise ConfigError(
@@ -318,10 +317,6 @@ def _refuse(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    return reduce(getattr, key.split("."), cfg)
 
 
 def _take(cfg: CfgNode, key: str) -> Any:
