@@ -15,6 +15,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: .venv/installed-docs
 	$(BIN)/python -m mkdocs build --strict

@@ -14,8 +14,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dr2net_d2.commands import run_command
-from dr2net_d2.demo import parse_arguments, run
+from dr2net_d2.errors import run_command
+from dr2net_d2.inference.demo import parse_arguments, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["dr2net_d2", "dr2net_d2.*"]),
-    package_data={"dr2net_d2": ["weights/*", "py.typed"]},
+    package_data={"dr2net_d2": ["weights/pretrained/*", "py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -46,7 +46,7 @@ setup(
     extras_require={
         "export": EXPORT,
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.12", "mypy>=1.16"],
+        "dev": [*TEST, "ruff>=0.12", "mypy>=1.16", "import-linter>=2.5"],
         "docs": [
             "mkdocs>=1.6,<2",
             "mkdocs-material>=9.6,<10",

@@ -15,7 +15,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from dr2net_d2.commands import choose_engine, make_parser, run_command
+from dr2net_d2.commands import choose_engine, make_parser
+from dr2net_d2.errors import run_command
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -26,12 +26,11 @@ import numpy as np
 import yaml
 from fvcore.common.config import CfgNode
 
-from dr2net_d2.commands import choose_engine, load_config, make_parser, run_command
+from dr2net_d2.commands import choose_engine, load_config, make_parser, markdown_table
 from dr2net_d2.config import value_of
 from dr2net_d2.data import CocoRecord, load_coco, resolve_dataset
 from dr2net_d2.data.anchors import Anchors, Objects, propose_anchors
-from dr2net_d2.errors import ConfigError
-from dr2net_d2.reports import markdown_table
+from dr2net_d2.errors import ConfigError, run_command
 
 logger = logging.getLogger(__name__)
 

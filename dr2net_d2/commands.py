@@ -1,18 +1,22 @@
-"""What the commands have in common: options, the engine, the config, errors in one line."""
+"""What the commands have in common: options, the engine, the config, reports on disk."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import logging
-import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 
 from dr2net_d2.config import add_dr2net_config, merge_config
-from dr2net_d2.errors import ConfigError, UserError
+from dr2net_d2.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 DETECTRON2_INSTALL = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 
@@ -69,7 +73,7 @@ def load_config(config_file: str | None, overrides: Sequence[str], engine: str) 
             "YAML file"
         )
     if engine == "torchvision":
-        from dr2net_d2.tv.config import get_cfg
+        from dr2net_d2.config.torchvision import get_cfg
 
         cfg = get_cfg()
     else:
@@ -101,20 +105,63 @@ def torch_device(name: str, key: str = "MODEL.DEVICE") -> torch.device:
     return device
 
 
-def run_command(
-    prog: str, run: Callable[[argparse.Namespace], object], args: argparse.Namespace
-) -> int:
-    """Run a command with its log on stderr.
+def writable_folder(folder: str, name: str) -> Path:
+    """The folder, made if need be, after a look whether <name>.json could be written to it.
 
-    Returns:
-        The exit code: 2 for a mistake of the user's, 1 where a number is not finite; the error is
-        one line on stderr.
+    Raises:
+        ConfigError: it could not.
     """
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
+    path = Path(folder)
     try:
-        run(args)
-    except (UserError, FloatingPointError) as error:
-        # One that was raised in a data loader's worker has its traceback in front.
-        print(f"{prog}: error: {str(error).splitlines()[-1]}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f"{name}.json.partial"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output folder {folder!r} cannot be written ({error.strerror}); choose another by "
+            "--output"
+        ) from error
+    return path
+
+
+def write_report(
+    folder: Path, name: str, results: dict[str, Any], draw: Callable[[Path], object]
+) -> None:
+    """Write <name>.json, and <name>.png by ``draw``, which gets the path to draw to."""
+    data, picture = folder / f"{name}.json.partial", folder / f"{name}.png.partial"
+    data.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    draw(picture)
+    for partial_file in (data, picture):
+        partial_file.replace(partial_file.with_suffix(""))
+    logger.info("wrote %s", folder / f"{name}.{{json,png}}")
+
+
+def fill_page(page: Path, tables: dict[str, str]) -> None:
+    """Replace what stands between <!-- name --> and <!-- /name --> in a page.
+
+    Raises:
+        ConfigError: no such page, or it has no such pair.
+    """
+    if not page.is_file():
+        raise ConfigError(f"{page} does not exist; give a page with markers")
+    text = page.read_text()
+    for name, table in tables.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, found, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ConfigError(f"{page} lacks {start} or {end}; put both where the table is to be")
+        text = f"{before}{start}\n{table}\n{end}{after}"
+    page.write_text(text)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the header first, as a Markdown table with right-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |"
+    return "\n".join([lines[0], rule, *lines[1:]])

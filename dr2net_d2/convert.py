@@ -30,19 +30,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dr2net_d2.checkpointer import fit_checkpoint, locate_weights
-from dr2net_d2.commands import choose_engine, load_config, run_command
+from dr2net_d2.commands import choose_engine, load_config
 from dr2net_d2.config import vit_arguments
 from dr2net_d2.core import Dr2NetViT
-from dr2net_d2.core.checkpoint import (
+from dr2net_d2.errors import WeightsError, config_section, run_command, weights_being_read
+from dr2net_d2.weights import (
     COEFFICIENTS,
+    WRITERS,
     CheckpointReport,
+    check_output,
     convert_vit_checkpoint,
+    describe_vit,
+    find_plain_vit,
+    fit_checkpoint,
+    locate_weights,
+    matches,
+    read_checkpoint,
     redundant_scalars,
+    write_weights,
 )
-from dr2net_d2.core.checkpoint_formats import describe_vit, find_plain_vit, matches
-from dr2net_d2.errors import WeightsError, config_section, weights_being_read
-from dr2net_d2.weight_files import WRITERS, check_output, read_checkpoint, write_weights
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -35,7 +38,7 @@ def config_section(name: str) -> Iterator[None]:
 
 @contextmanager
 def weights_being_read() -> Iterator[None]:
-    """Turn a ValueError of ``core.checkpoint`` into a WeightsError."""
+    """Turn a ValueError of ``weights.plain_vit`` into a WeightsError."""
     try:
         yield
     except ValueError as error:
@@ -53,3 +56,22 @@ def detector_being_built() -> Iterator[None]:
         raise ConfigError(
             f"MODEL: the detector cannot be built: {type(error).__name__}: {error}"
         ) from error
+
+
+def run_command(
+    prog: str, run: Callable[[argparse.Namespace], object], args: argparse.Namespace
+) -> int:
+    """Run a command with its log on stderr.
+
+    Returns:
+        The exit code: 2 for a mistake of the user's, 1 where a number is not finite; the error is
+        one line on stderr.
+    """
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
+    try:
+        run(args)
+    except (UserError, FloatingPointError) as error:
+        # One that was raised in a data loader's worker has its traceback in front.
+        print(f"{prog}: error: {str(error).splitlines()[-1]}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0

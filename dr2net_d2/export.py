@@ -27,11 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dr2net_d2.commands import make_parser, run_command
+from dr2net_d2.commands import make_parser, writable_folder
 from dr2net_d2.core.attention import Attention
-from dr2net_d2.errors import ConfigError
-from dr2net_d2.inference import open_config
-from dr2net_d2.reports import writable_folder
+from dr2net_d2.errors import ConfigError, run_command
+from dr2net_d2.inference import load_model, open_config
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
     cfg, engine = open_config(args)
     # "float32" is to mean that on a GPU's tensor cores too.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    backbone = engine.load_detector(cfg).backbone
+    backbone: Any = load_model(cfg, engine).backbone
     stride = backbone.size_divisibility
     side = math.ceil(cfg.MODEL.VIT.IMG_SIZE / stride) * stride
     height, width = args.image_size or (side, side)

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from dr2net_d2.commands import load_config
-from dr2net_d2.planner import Planner, training_side
-from dr2net_d2.reports import fill_page, markdown_table
+from dr2net_d2.commands import fill_page, load_config, markdown_table
+from dr2net_d2.plan.planner import Planner, training_side
 
 HERE = Path(__file__).parent
 ARMS = {

@@ -92,7 +92,7 @@ def test_without_detectron2_its_guide_is_named(monkeypatch):
 
 def test_planning_imports_no_detector_framework_before_it_is_chosen(tmp_path):
     script = (
-        "import sys, dr2net_d2.planner, dr2net_d2.commands; "
+        "import sys, dr2net_d2.plan.planner, dr2net_d2.commands; "
         "sys.exit(bool({'detectron2', 'torchvision'} & set(sys.modules)))"
     )
     assert python("-c", script, cwd=tmp_path).returncode == 0

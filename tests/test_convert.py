@@ -10,15 +10,15 @@ import yaml
 from torch import nn
 
 from dr2net_d2 import convert
-from dr2net_d2.checkpointer import StrictCheckpointer
 from dr2net_d2.commands import load_config
 from dr2net_d2.config import merge_config, vit_arguments
+from dr2net_d2.config.torchvision import get_cfg
 from dr2net_d2.core import Dr2NetViT
-from dr2net_d2.tv.config import get_cfg
 from dr2net_d2.tv.model import build_model
-from dr2net_d2.weight_files import WRITERS, read_checkpoint
-from tests.core.test_checkpoint_formats import assert_same_features, timm_model
+from dr2net_d2.weights.checkpointer import StrictCheckpointer
+from dr2net_d2.weights.files import WRITERS, read_checkpoint
 from tests.tv.conftest import TINY
+from tests.weights.test_formats import assert_same_features, timm_model
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs/quickstart.yaml")
 

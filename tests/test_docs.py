@@ -18,13 +18,16 @@ import pytest
 import torch
 import yaml
 
-import dr2net_d2.demo
-from dr2net_d2 import anchors, convert, export, fidelity, plan, report
+from dr2net_d2 import anchors, convert, export
 from dr2net_d2.commands import choose_engine, load_config
 from dr2net_d2.core import reversible_stacks
 from dr2net_d2.data import commands as data_commands
 from dr2net_d2.data import small_digits_from_name
 from dr2net_d2.data.formats import FORMATS
+from dr2net_d2.fidelity import __main__ as fidelity
+from dr2net_d2.inference import demo
+from dr2net_d2.plan import __main__ as plan
+from dr2net_d2.report import __main__ as report
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -37,7 +40,7 @@ import train_net  # noqa: E402
 
 PARSERS = {
     "train_net.py": train_net.parse_arguments,
-    "demo.py": partial(dr2net_d2.demo.parse_arguments, None),
+    "demo.py": partial(demo.parse_arguments, None),
     "dr2net_d2.anchors": anchors.parse_arguments,
     "dr2net_d2.convert": convert.parse_arguments,
     "dr2net_d2.data": data_commands.parse_arguments,
@@ -176,7 +179,9 @@ def test_commands_run(program, words, clone):
     if {"detectron2", "configs/COCO-InstanceSegmentation/mask_rcnn_vitdet_l.yaml"} & {*words}:
         pytest.importorskip("detectron2")
     before = {path for path in Path().rglob("*") if path.is_file()}
-    run = {"demo.py": dr2net_d2.demo, "dr2net_d2.data": data_commands, "train_net.py": train_net}
+    run = {"demo.py": demo, "dr2net_d2.data": data_commands, "train_net.py": train_net}
+    wings = {"plan": plan, "fidelity": fidelity, "report": report}
+    run |= {f"dr2net_d2.{name}": command for name, command in wings.items()}
     run = run.get(program) or importlib.import_module(program)
     args = PARSERS[program]([*words, *SMALLER.get(program, ())])
     if program in ("dr2net_d2.fidelity", "dr2net_d2.plan"):

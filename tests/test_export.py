@@ -13,8 +13,8 @@ from torch import nn
 
 from dr2net_d2 import export
 from dr2net_d2.commands import load_config
+from dr2net_d2.config.torchvision import check_config
 from dr2net_d2.core import Dr2NetViT, SimpleFeaturePyramid
-from dr2net_d2.tv.config import check_config
 from dr2net_d2.tv.model import build_model
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs/quickstart.yaml")

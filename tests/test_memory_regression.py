@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dr2net_d2.commands import load_config
-from dr2net_d2.planner import predict
+from dr2net_d2.plan.planner import predict
 
 ROOT = Path(__file__).parents[1]
 BASELINE = Path(__file__).with_name("memory_baseline.json")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import yaml
 
 from dr2net_d2.config import merge_config
+from dr2net_d2.config.torchvision import get_cfg
 from dr2net_d2.core import Dr2NetViT
-from dr2net_d2.tv.config import get_cfg
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -6,7 +6,7 @@ import math
 import torch
 
 from dr2net_d2.commands import load_config
-from dr2net_d2.planner import training_side
+from dr2net_d2.plan.planner import training_side
 from tests import projects
 
 ENGINE = "torchvision"

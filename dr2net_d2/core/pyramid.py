@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dr2net_d2.core.lean import (
+from dr2net_d2.core.lean_chain import (
     BareConvolution,
     Layer,
     NormInPieces,

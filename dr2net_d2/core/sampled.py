@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dr2net_d2.core.lean import autocast_without_cache, in_autocast_dtype
+from dr2net_d2.core.lean_chain import autocast_without_cache, in_autocast_dtype
 
 
 def is_sparse(maps: Sequence[Tensor], samples: int, radius: int) -> bool:

@@ -1,6 +1,6 @@
 """The project in Detectron2: importing this registers the backbone builders."""
 
-from dr2net_d2.config_keys import add_dr2net_config
+from dr2net_d2.config import add_dr2net_config
 from dr2net_d2.d2.backbone import (
     Dr2NetBackbone,
     Dr2NetPyramid,
@@ -8,9 +8,11 @@ from dr2net_d2.d2.backbone import (
     build_dr2net_vitdet_backbone,
     build_vit_backbone,
     build_vitdet_backbone,
+    without_cropping,
 )
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import register_dataset
+from dr2net_d2.d2.detector import build_detector, make_lean
 from dr2net_d2.d2.engine import run
 from dr2net_d2.d2.evaluation import ProtocolEvaluator
 from dr2net_d2.d2.fcos import FCOS
@@ -29,8 +31,7 @@ from dr2net_d2.d2.hooks import (
     PeakMemory,
     SeedIterations,
 )
-from dr2net_d2.d2.inference import Predictor, without_cropping
-from dr2net_d2.d2.lean import build_detector, make_lean
+from dr2net_d2.d2.predictor import Predictor
 from dr2net_d2.d2.stages import Dr2NetMViT, Dr2NetSwin
 from dr2net_d2.d2.trainer import Settings, Trainer
 

@@ -194,3 +194,28 @@ def padding(cfg: CfgNode, section: str, stride: int) -> int:
                 "would need several squares; lower the one or raise the other (0 pads to strides)"
             )
     return square or stride
+
+
+def without_cropping(model: nn.Module) -> nn.Module:
+    """Let Detectron2's own simple feature pyramids pad images beyond ``square_pad``, not cut them.
+
+    Our pyramids never cut. Detectron2's, which LazyConfigs have, drops what lies beyond its square
+    without a word, whatever ViT it holds.
+
+    Args:
+        model: a detector, changed in place: both sides are padded to multiples of the square, or
+            of the coarsest stride where there is none.
+
+    Returns:
+        ``model``.
+    """
+    module: Any
+    for module in model.modules():
+        if type(module) is stock.SimpleFeaturePyramid:
+            asked = module.padding_constraints
+            strides = [shape.stride for shape in module.net.output_shape().values()]
+            stride = max(asked["size_divisiblity"], *strides)
+            square = math.ceil(asked["square_size"] / stride) * stride
+            module.__class__ = StockPyramid
+            module.size_divisibility = square or stride
+    return model

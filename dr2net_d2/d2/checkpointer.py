@@ -10,8 +10,7 @@ from detectron2.modeling.backbone.mvit import MViT
 from detectron2.modeling.backbone.swin import SwinTransformer
 from torch import nn
 
-from dr2net_d2.checkpointer import Converter, StrictCheckpointer
-from dr2net_d2.core.checkpoint import convert_stages_checkpoint
+from dr2net_d2.weights import Converter, StrictCheckpointer, convert_stages_checkpoint
 
 LEGACY_AUTHORS = {".pkl": "Caffe2", ".pyth": "pycls"}
 """Whose files Detectron2 takes those to be that do not say, and matches by its heuristics."""

@@ -7,14 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.utils import comm
+from fvcore.common.config import CfgNode
 from torch import nn
 
-from dr2net_d2.checkpointer import locate_weights
 from dr2net_d2.config import check_categories, check_weights_to_evaluate
 from dr2net_d2.d2.data import load_registered
 from dr2net_d2.errors import ConfigError
+from dr2net_d2.weights import locate_weights
 
 
 def check_batch_size(key: str, images: int, accumulation_steps: int) -> int:
@@ -87,3 +89,21 @@ def check_weights(args: argparse.Namespace, weights: str, output_dir: str, *name
         check_weights_to_evaluate(weights, resuming, *names)
     if not resuming:
         locate_weights(weights)
+
+
+def check_tta(cfg: CfgNode, model: nn.Module) -> None:
+    """Refuse TEST.AUG for a detector that Detectron2 cannot augment.
+
+    Raises:
+        ConfigError: names the key that stands in the way.
+    """
+    reason = None
+    if getattr(type(model), "inference", None) is not GeneralizedRCNN.inference:
+        reason = f"a GeneralizedRCNN, and MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}"
+    elif not cfg.TEST.AUG.MIN_SIZES:
+        reason = "at least one size in TEST.AUG.MIN_SIZES, which is empty"
+    for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
+        if cfg.MODEL[key]:
+            reason = f"a detector of boxes and masks alone, and MODEL.{key} is True"
+    if reason:
+        raise ConfigError(f"TEST.AUG.ENABLED needs {reason}; set TEST.AUG.ENABLED False")

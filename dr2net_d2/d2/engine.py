@@ -25,7 +25,7 @@ from dr2net_d2.d2.trainer import Results
 from dr2net_d2.d2.yaml_experiment import YamlExperiment
 from dr2net_d2.errors import ConfigError, UserError
 from dr2net_d2.evaluation import RESULTS_FILE
-from dr2net_d2.pictures import draw_curves, draw_predictions
+from dr2net_d2.training import draw_curves, draw_predictions
 
 
 def run(args: argparse.Namespace) -> Results:

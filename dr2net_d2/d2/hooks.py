@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
-from dr2net_d2.checkpointer import StrictCheckpointer
 from dr2net_d2.core import CoefficientSchedule
 from dr2net_d2.core.memory import peak_memory_bytes
 from dr2net_d2.core.schedule import snap_to_grid
 from dr2net_d2.d2.sharding import placed_like
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.finetuning import GradientGuard, check_losses, update_coefficients
+from dr2net_d2.training import GradientGuard, check_losses, update_coefficients
+from dr2net_d2.weights import StrictCheckpointer
 
 logger = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ from torch import nn
 from dr2net_d2.commands import torch_device
 from dr2net_d2.config import LEAN_PARTS, amp_dtype, warn_of_limits
 from dr2net_d2.core import CoefficientSchedule, reversible_stacks
+from dr2net_d2.d2.backbone import without_cropping
 from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights, model_limits
 from dr2net_d2.d2.data import tile_dicts
-from dr2net_d2.d2.inference import without_cropping
-from dr2net_d2.d2.lean import make_lean
+from dr2net_d2.d2.detector import make_lean
 from dr2net_d2.d2.sharding import shard
-from dr2net_d2.d2.slicing import SlicedDetector
+from dr2net_d2.d2.sliced_detector import SlicedDetector
 from dr2net_d2.d2.trainer import Results, Settings, Trainer
 from dr2net_d2.errors import ConfigError, UserError
 

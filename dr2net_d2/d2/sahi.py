@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from sahi.models.detectron2 import Detectron2DetectionModel
 
-from dr2net_d2.d2.inference import Predictor
+from dr2net_d2.d2.predictor import Predictor
 
 
 class SahiModel(Detectron2DetectionModel):  # type: ignore[misc]

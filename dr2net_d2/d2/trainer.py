@@ -31,7 +31,7 @@ from dr2net_d2.d2.hooks import (
 )
 from dr2net_d2.d2.sharding import load_optimizer_shards, unsharded, without_reduction
 from dr2net_d2.errors import WeightsError
-from dr2net_d2.finetuning import divergence_at
+from dr2net_d2.training import divergence_at
 
 logger = logging.getLogger(__name__)
 

@@ -40,17 +40,16 @@ from dr2net_d2.config import (
     lean_parts,
     warn_of_limits,
 )
-from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights
+from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_tta, check_weights
 from dr2net_d2.d2.data import CheckedMapper, tile_dicts
+from dr2net_d2.d2.detector import build_detector
 from dr2net_d2.d2.evaluation import ProtocolEvaluator
-from dr2net_d2.d2.inference import check_tta
-from dr2net_d2.d2.lean import build_detector
 from dr2net_d2.d2.sharding import shard
-from dr2net_d2.d2.slicing import check_tiles, sliced
+from dr2net_d2.d2.sliced_detector import check_tiles, sliced
 from dr2net_d2.d2.trainer import Results, Settings, Trainer
 from dr2net_d2.errors import ConfigError, config_section
 from dr2net_d2.evaluation import choose_protocol
-from dr2net_d2.optimizer import build_optimizer
+from dr2net_d2.training import build_optimizer
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import cv2
 
-from dr2net_d2.commands import run_command
 from dr2net_d2.data import resolve_dataset
 from dr2net_d2.data.coco import CocoDataset
 from dr2net_d2.data.contact_sheet import contact_sheet
@@ -30,7 +29,7 @@ from dr2net_d2.data.conversion import aside, convert_from, convert_to_coco
 from dr2net_d2.data.formats import FORMATS, BadEntries, Format, Layout, find_layout
 from dr2net_d2.data.inspection import describe, report
 from dr2net_d2.data.originals import NAMES, find_original
-from dr2net_d2.errors import ConfigError, DatasetError
+from dr2net_d2.errors import ConfigError, DatasetError, run_command
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,8 @@
-"""Metrics on result files in COCO format; no detector framework is imported here."""
+"""Metrics and kinds of errors, by the protocols of the benchmarks; no detector framework.
+
+In: ground truth and results in COCO format. Out: metrics, matches of every detection, and what
+went wrong.
+"""
 
 from dr2net_d2.evaluation.boxes import (
     EVALUATION_FILE,
@@ -6,6 +10,17 @@ from dr2net_d2.evaluation.boxes import (
     Evaluation,
     Matches,
     evaluate_boxes,
+    evaluate_tables,
+    without_nan,
+)
+from dr2net_d2.evaluation.error_kinds import (
+    CLASSIFICATION,
+    DUPLICATE,
+    KINDS,
+    Errors,
+    best_threshold,
+    confusion,
+    find_errors,
 )
 from dr2net_d2.evaluation.protocols import (
     PROTOCOLS,
@@ -14,16 +29,30 @@ from dr2net_d2.evaluation.protocols import (
     SizeBin,
     choose_protocol,
 )
+from dr2net_d2.evaluation.tables import GroundTruth, Table, read_results, read_truth
 
 __all__ = [
+    "CLASSIFICATION",
+    "DUPLICATE",
     "EVALUATION_FILE",
+    "KINDS",
     "PROTOCOLS",
     "RESULTS_FILE",
+    "Errors",
     "Evaluation",
+    "GroundTruth",
     "Matches",
     "Metric",
     "Protocol",
     "SizeBin",
+    "Table",
+    "best_threshold",
     "choose_protocol",
+    "confusion",
     "evaluate_boxes",
+    "evaluate_tables",
+    "find_errors",
+    "read_results",
+    "read_truth",
+    "without_nan",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 
 from dr2net_d2.evaluation.boxes import Evaluation
 from dr2net_d2.evaluation.curves import RECALLS
-from dr2net_d2.evaluation.errors import CLASSIFICATION, DUPLICATE, KINDS, LOCALISATION, Errors
+from dr2net_d2.evaluation.error_kinds import CLASSIFICATION, DUPLICATE, KINDS, LOCALISATION, Errors
 from dr2net_d2.evaluation.tables import GroundTruth, Table
 
 SCORES = (0.0, 0.1, 0.3, 0.5, 0.7)

@@ -8,13 +8,7 @@ import numpy as np
 
 from dr2net_d2.evaluation.curves import RECALLS, curve
 from dr2net_d2.evaluation.ignore_regions import in_ignore_regions
-from dr2net_d2.evaluation.matching import (
-    Boxes,
-    by_preference,
-    contested,
-    greedy,
-    overlapping,
-)
+from dr2net_d2.evaluation.matching import Boxes, by_preference, contested, greedy, overlapping
 from dr2net_d2.evaluation.protocols import Protocol, SizeBin
 from dr2net_d2.evaluation.tables import GroundTruth, Table
 

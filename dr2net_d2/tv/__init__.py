@@ -1,6 +1,6 @@
 """The embedded engine: torchvision's Faster R-CNN on our backbone, by Detectron2's config keys."""
 
-from dr2net_d2.tv.config import get_cfg
+from dr2net_d2.config.torchvision import get_cfg
 from dr2net_d2.tv.model import build_model
 
 __all__ = ["build_model", "get_cfg"]

@@ -16,23 +16,18 @@ from fvcore.common.config import CfgNode
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dr2net_d2.checkpointer import StrictCheckpointer
 from dr2net_d2.commands import load_config, torch_device
-from dr2net_d2.config import (
-    box_limits,
-    check_categories,
-    check_weights_to_evaluate,
-    warn_of_limits,
-)
+from dr2net_d2.config import box_limits, check_categories, check_weights_to_evaluate, warn_of_limits
+from dr2net_d2.config.torchvision import check_config
 from dr2net_d2.data import CocoRecord
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.evaluation import RESULTS_FILE
-from dr2net_d2.pictures import draw_curves, draw_predictions
-from dr2net_d2.tv.config import check_config
+from dr2net_d2.training import draw_curves, draw_predictions
 from dr2net_d2.tv.dataset import Split, load_split
 from dr2net_d2.tv.model import build_model
 from dr2net_d2.tv.output import RunLog
 from dr2net_d2.tv.training import Training, evaluate
+from dr2net_d2.weights import StrictCheckpointer
 
 logger = logging.getLogger(__name__)
 

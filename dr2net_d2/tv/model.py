@@ -21,7 +21,7 @@ from dr2net_d2.core import Dr2NetViT, SimpleFeaturePyramid
 from dr2net_d2.core.pyramid import ChannelLayerNorm
 from dr2net_d2.errors import ConfigError, config_section
 from dr2net_d2.tv.dataset import resize_shortest_side
-from dr2net_d2.tv.lean import LeanBoxHead, LeanRegionProposalNetwork
+from dr2net_d2.tv.lean_heads import LeanBoxHead, LeanRegionProposalNetwork
 
 
 class DetectorTransform(GeneralizedRCNNTransform):

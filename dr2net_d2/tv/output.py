@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from dr2net_d2.pictures import read_metrics
+from dr2net_d2.training import read_metrics
 
 _LOGGERS = ("dr2net_d2", "fvcore")
 

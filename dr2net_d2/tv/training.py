@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dr2net_d2.checkpointer import StrictCheckpointer
 from dr2net_d2.config import (
     amp_dtype,
+    build_slicing,
     coefficient_schedule,
     evaluation_protocol,
     training_tiles,
@@ -31,9 +31,13 @@ from dr2net_d2.core.replay import rng_state, set_rng_state
 from dr2net_d2.data import CocoRecord
 from dr2net_d2.errors import UserError, WeightsError, config_section
 from dr2net_d2.evaluation import EVALUATION_FILE, RESULTS_FILE, evaluate_boxes
-from dr2net_d2.finetuning import GradientGuard, check_losses, divergence_at, update_coefficients
-from dr2net_d2.optimizer import build_optimizer
-from dr2net_d2.slicing import build_slicing
+from dr2net_d2.training import (
+    GradientGuard,
+    build_optimizer,
+    check_losses,
+    divergence_at,
+    update_coefficients,
+)
 from dr2net_d2.tv.dataset import (
     Jitter,
     Split,
@@ -42,9 +46,10 @@ from dr2net_d2.tv.dataset import (
     as_lists,
     choose_training_tiles,
 )
-from dr2net_d2.tv.inference import detect
 from dr2net_d2.tv.lr_schedule import lr_multiplier
 from dr2net_d2.tv.output import MetricWriter
+from dr2net_d2.tv.predictor import detect
+from dr2net_d2.weights import StrictCheckpointer
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dr2net_d2.commands import markdown_table
 from dr2net_d2.core import Dr2NetViT
-from dr2net_d2.fidelity import surroundings
-from dr2net_d2.gradients import measure
-from dr2net_d2.reports import markdown_table
+from dr2net_d2.fidelity.__main__ import surroundings
+from dr2net_d2.fidelity.gradients import measure
 
 RESULTS = Path(__file__).parent / "limits.json"
 SEEDS = range(8)

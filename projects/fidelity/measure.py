@@ -18,13 +18,12 @@ from limits import table as limits_table
 from step_time import table as time_table
 from torch import Tensor, nn
 
-from dr2net_d2.commands import load_config
+from dr2net_d2.commands import fill_page, load_config, markdown_table
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
 from dr2net_d2.data import load_coco, resolve_dataset
-from dr2net_d2.fidelity import build_vit, load_image, surroundings
-from dr2net_d2.gradients import choose_reference, format_error, measure, schedule_pairs
-from dr2net_d2.pictures import draw_fidelity
-from dr2net_d2.reports import fill_page, markdown_table
+from dr2net_d2.fidelity.__main__ import build_vit, load_image, surroundings
+from dr2net_d2.fidelity.gradients import choose_reference, format_error, measure, schedule_pairs
+from dr2net_d2.fidelity.picture import draw_fidelity
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -22,9 +22,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from dr2net_d2.commands import markdown_table
 from dr2net_d2.core import Dr2NetViT
-from dr2net_d2.fidelity import surroundings
-from dr2net_d2.reports import markdown_table
+from dr2net_d2.fidelity.__main__ import surroundings
 
 RESULTS = Path(__file__).parent / "step_time.json"
 MODELS = {

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dr2net_d2 import commands
+from dr2net_d2.core.checkpointed import checkpointed
 from dr2net_d2.core.memory import LiveBytes, count_saved_bytes, peak_tensor_bytes
 from dr2net_d2.d2 import build_detector
-from dr2net_d2.gradients import checkpointed
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-InstanceSegmentation"
 BETA = 1 / 2

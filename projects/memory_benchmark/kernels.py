@@ -28,10 +28,10 @@ from store import step_seconds
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from dr2net_d2.commands import fill_page, markdown_table
 from dr2net_d2.core.attention_kernels import KERNELS, choose_kernel
 from dr2net_d2.core.memory import count_saved_bytes, peak_tensor_bytes
-from dr2net_d2.fidelity import surroundings
-from dr2net_d2.reports import fill_page, markdown_table
+from dr2net_d2.fidelity.__main__ import surroundings
 
 STOCK = "matrix"
 PARTS = ("forward_seconds", "backward_seconds")

@@ -39,7 +39,7 @@ from store import (
 )
 
 from dr2net_d2.errors import ConfigError, UserError
-from dr2net_d2.fidelity import surroundings
+from dr2net_d2.fidelity.__main__ import surroundings
 
 if importlib.util.find_spec("detectron2"):
     import arms as networks

@@ -11,7 +11,7 @@ from measure import HERE, parse_arguments, plan, say
 from report import Measurements
 from store import Results, Work
 
-from dr2net_d2.planner import Prediction, predict
+from dr2net_d2.plan.planner import Prediction, predict
 
 PLANNED = {
     "stock": "stock",

@@ -16,8 +16,8 @@ from typing import Any
 
 from store import ARMS, LEAN_ARMS, MEASURED, Results, Work, step_seconds, turns
 
+from dr2net_d2.commands import fill_page, markdown_table
 from dr2net_d2.errors import UserError
-from dr2net_d2.reports import fill_page, markdown_table
 
 HERE = Path(__file__).parent
 LADDER = Work("detector", "b", None, 1024, 1, "fp32", 20, 0)

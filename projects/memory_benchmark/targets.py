@@ -26,11 +26,11 @@ from report import HERE, NOT_MEASURED, Measurements, ratio
 from store import Work
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+from dr2net_d2.commands import fill_page, markdown_table
 from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.memory import peak_tensor_bytes
 from dr2net_d2.errors import UserError
-from dr2net_d2.planner import Prediction, pairs_of_schedule
-from dr2net_d2.reports import fill_page, markdown_table
+from dr2net_d2.plan.planner import Prediction, pairs_of_schedule
 
 EXACT, CHECKPOINT = "dr2net-exact", "our-attention-checkpoint"
 CARD = 24e9

@@ -92,7 +92,7 @@ def accuracy(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    weights_file = HERE.parents[1] / "dr2net_d2" / "weights" / "micro_vit.safetensors"
+    weights_file = HERE.parents[1] / "dr2net_d2/weights/pretrained/micro_vit.safetensors"
     parser.add_argument("--output", type=Path, default=weights_file, help="the weights")
     parser.add_argument("--result", type=Path, default=HERE / "result.json", help="the figures")
     parser.add_argument("--depth", type=int, default=8, help="number of blocks")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT, ReversibleSequence
+from dr2net_d2.core.checkpointed import checkpointed
 from dr2net_d2.core.fixed_point import StreamRange
-from dr2net_d2.gradients import checkpointed
 
 Pairs = Callable[[float], tuple[float, float]]
 """progress in [0, 1] -> (alpha, beta)."""
@@ -36,7 +36,7 @@ class Arm:
         name: as in results.jsonl.
         label: as in tables and figures.
         keys: changes to parity.yaml; below MODEL.DR2NET unless one of ``SECTIONS`` stands before.
-        backward: of ``dr2net_d2.gradients.ARMS``, whose gradient error is followed; "" for none.
+        backward: of ``dr2net_d2.fidelity.ARMS``, whose gradient error is followed; "" for none.
         equip: changes the ViT after the weights are loaded.
         schedule: in place of the one that ``keys`` describe, where the package has none like it.
         rate_of: the arm whose learning rate it takes over; "" tunes its own.

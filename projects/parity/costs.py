@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dr2net_d2.core.memory import peak_tensor_bytes
-from dr2net_d2.finetuning import update_coefficients
+from dr2net_d2.training.coefficients import update_coefficients
 from dr2net_d2.tv.dataset import TrainingStream, as_lists
 
 COSTS = Path(__file__).parent / "costs.json"

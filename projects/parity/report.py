@@ -15,7 +15,7 @@ from costs import COSTS
 from finetune import DIVERGED, FINAL, FINISHED, HERE
 from run import Row, read_results, tuned
 
-from dr2net_d2.reports import fill_page, markdown_table
+from dr2net_d2.commands import fill_page, markdown_table
 
 CONVENTIONAL, OURS = "conventional", "convex"
 TOP_LEVEL = (

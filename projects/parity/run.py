@@ -26,8 +26,7 @@ import torch
 from finetune import FINAL, FINISHED, TUNING, Run, finetune
 from tqdm import tqdm
 
-from dr2net_d2.commands import run_command
-from dr2net_d2.errors import ConfigError
+from dr2net_d2.errors import ConfigError, run_command
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 FIRST_RATES = (1e-3, 2e-3, 4e-3)

@@ -13,7 +13,7 @@ from typing import Any
 
 from experiment import ARMS, METRICS, draw, read_results
 
-from dr2net_d2.reports import fill_page, markdown_table
+from dr2net_d2.commands import fill_page, markdown_table
 
 HERE = Path(__file__).parent
 ENGINES = {"ours": "dr2net_d2", "faster": "faster-coco-eval", "pycocotools": "pycocotools"}

@@ -9,8 +9,8 @@ import torchvision
 from torch import nn
 
 from dr2net_d2.core import Coefficients, ReversibleSequence, reversible_stacks
-from dr2net_d2.core.checkpoint import plain_vit_state_dict
-from dr2net_d2.finetuning import update_coefficients
+from dr2net_d2.training.coefficients import update_coefficients
+from dr2net_d2.weights.plain_vit import plain_vit_state_dict
 from tests.core.stacks import relative_error, run, tokens
 
 

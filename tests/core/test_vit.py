@@ -7,8 +7,8 @@ from torch import nn
 
 from dr2net_d2.core import Dr2NetViT, SimpleFeaturePyramid
 from dr2net_d2.core.attention import window_partition, window_unpartition
-from dr2net_d2.core.checkpoint import convert_vit_checkpoint
 from dr2net_d2.core.memory import count_saved_bytes
+from dr2net_d2.weights.plain_vit import convert_vit_checkpoint
 from tests.core.stacks import relative_error, tokens
 
 SMALL = {

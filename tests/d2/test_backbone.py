@@ -7,8 +7,8 @@ from detectron2.modeling.backbone import vit as stock
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from dr2net_d2.core.checkpoint import plain_vit_state_dict
 from dr2net_d2.errors import ConfigError
+from dr2net_d2.weights.plain_vit import plain_vit_state_dict
 from tests.d2.tiny import batch, tiny_cfg
 
 OURS, THEIRS = "build_dr2net_vitdet_backbone", "build_vitdet_backbone"

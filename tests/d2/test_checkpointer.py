@@ -181,7 +181,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, name, monkeypatch):
 
 
 def test_packaged_weights_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("dr2net_d2.checkpointer.files", lambda package: tmp_path)
+    monkeypatch.setattr("dr2net_d2.weights.checkpointer.files", lambda package: tmp_path)
     (tmp_path / "weights").mkdir()
     model, pretrained = detector(tmp_path, OURS, 1), detector(tmp_path, THEIRS, 0).backbone.net
     safetensors.torch.save_file(pretrained.state_dict(), tmp_path / "weights" / "tiny.safetensors")

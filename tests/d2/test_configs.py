@@ -18,7 +18,7 @@ from dr2net_d2.commands import load_config
 from dr2net_d2.d2 import engine, register_dataset, run
 from dr2net_d2.d2.lazy_experiment import load_lazy_config
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.optimizer import build_optimizer
+from dr2net_d2.training.optimizer import build_optimizer
 from dr2net_d2.tv.engine import run as run_torchvision
 
 CONFIGS = Path(__file__).parents[2] / "configs"

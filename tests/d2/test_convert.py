@@ -13,10 +13,10 @@ from detectron2.utils.events import EventStorage
 
 from dr2net_d2 import convert
 from dr2net_d2.commands import load_config
-from dr2net_d2.core.checkpoint import fit_detector_checkpoint
 from dr2net_d2.d2 import Dr2NetCheckpointer, build_detector
-from dr2net_d2.simulation import parameters_on_meta
-from dr2net_d2.weight_files import read_checkpoint
+from dr2net_d2.plan.simulation import parameters_on_meta
+from dr2net_d2.weights.files import read_checkpoint
+from dr2net_d2.weights.plain_vit import fit_detector_checkpoint
 from tests.d2.test_checkpointer import OURS, THEIRS, assert_same_weights, detector
 from tests.d2.tiny import batch, write_yaml
 

@@ -15,7 +15,7 @@ from dr2net_d2.d2 import Dr2NetCheckpointer, run
 from dr2net_d2.d2.lazy_experiment import LazyExperiment
 from dr2net_d2.d2.sharding import shard
 from dr2net_d2.d2.yaml_experiment import YamlExperiment
-from dr2net_d2.finetuning import check_gradients
+from dr2net_d2.training.guards import check_gradients
 from tests.core.ranks import on_two_ranks
 from tests.d2 import test_lazy_experiment as lazy
 from tests.d2 import test_stage_detectors as stages

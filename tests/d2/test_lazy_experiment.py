@@ -11,7 +11,7 @@ from detectron2.modeling.backbone import vit as stock
 
 from dr2net_d2.d2 import Dr2NetBackbone, Dr2NetPyramid, lazy_experiment, run
 from dr2net_d2.d2.lazy_experiment import LazyExperiment, load_lazy_config
-from dr2net_d2.d2.slicing import SlicedDetector
+from dr2net_d2.d2.sliced_detector import SlicedDetector
 from dr2net_d2.d2.zoo import zoo_config
 from dr2net_d2.errors import ConfigError, DatasetError, WeightsError
 from tests.d2.tiny import batch

@@ -8,7 +8,7 @@ from detectron2.solver import build_lr_scheduler, get_default_optimizer_params
 from torch import nn
 
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.optimizer import build_optimizer, layer_decay_factor, parameter_groups
+from dr2net_d2.training.optimizer import build_optimizer, layer_decay_factor, parameter_groups
 from dr2net_d2.tv.lr_schedule import lr_multiplier
 from tests.d2.tiny import rates_and_decays, tiny_cfg
 

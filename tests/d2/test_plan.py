@@ -10,8 +10,8 @@ from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.memory import count_saved_bytes, peak_tensor_bytes
 from dr2net_d2.d2 import build_detector
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.optimizer import build_optimizer
-from dr2net_d2.planner import ARMS, Planner, predict
+from dr2net_d2.plan.planner import ARMS, Planner, predict
+from dr2net_d2.training.optimizer import build_optimizer
 from tests.d2 import tiny
 
 # So many anchors and proposals match that sampling is full, as the planner assumes.

@@ -6,7 +6,7 @@ import pytest
 from detectron2.config import LazyConfig
 
 from dr2net_d2.d2.lazy_experiment import load_lazy_config
-from dr2net_d2.report_source import Recorded, recorded
+from dr2net_d2.report.source import Recorded, recorded
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

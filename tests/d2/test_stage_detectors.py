@@ -12,18 +12,17 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.solver import get_default_optimizer_params
 from detectron2.utils.events import EventStorage
 
-from dr2net_d2 import fidelity
 from dr2net_d2.commands import load_config
-from dr2net_d2.config import backbone_section, coefficient_schedule
-from dr2net_d2.config_keys import add_dr2net_config
+from dr2net_d2.config import add_dr2net_config, backbone_section, coefficient_schedule
 from dr2net_d2.core import reversible_stacks
 from dr2net_d2.d2 import Dr2NetCheckpointer, build_detector, run
-from dr2net_d2.d2.lean import LeanRPN
-from dr2net_d2.dry_run import DryRun
+from dr2net_d2.d2.detector import LeanRPN
 from dr2net_d2.errors import ConfigError, WeightsError
-from dr2net_d2.optimizer import build_optimizer, parameter_groups
-from dr2net_d2.planner import predict
-from dr2net_d2.simulation import parameters_on_meta
+from dr2net_d2.fidelity import __main__ as fidelity
+from dr2net_d2.plan.dry_run import DryRun
+from dr2net_d2.plan.planner import predict
+from dr2net_d2.plan.simulation import parameters_on_meta
+from dr2net_d2.training.optimizer import build_optimizer, parameter_groups
 from tests.d2 import tiny
 from tests.d2.test_plan import FULL, real_iteration
 from tests.d2.test_stages import BASE, NETWORKS

@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from dr2net_d2.core import reversible_stacks
-from dr2net_d2.core.checkpoint import plain_vit_state_dict
 from dr2net_d2.core.memory import count_saved_bytes
 from dr2net_d2.d2 import Dr2NetMViT, Dr2NetSwin
-from dr2net_d2.simulation import parameters_on_meta
+from dr2net_d2.plan.simulation import parameters_on_meta
+from dr2net_d2.weights.plain_vit import plain_vit_state_dict
 from tests.core.stacks import relative_error, tokens
 
 SWIN = {

@@ -14,14 +14,14 @@ from sahi.predict import get_sliced_prediction
 
 from dr2net_d2.d2 import run
 from dr2net_d2.d2.data import CheckedMapper, register_dataset, skip_batches, tile_dicts
-from dr2net_d2.d2.inference import Predictor
 from dr2net_d2.d2.sahi import SahiModel
-from dr2net_d2.d2.slicing import SlicedDetector, check_tiles
+from dr2net_d2.d2.sliced_detector import SlicedDetector, check_tiles
 from dr2net_d2.d2.yaml_experiment import YamlExperiment
 from dr2net_d2.data import tiling
+from dr2net_d2.data.slicing import Slicing
 from dr2net_d2.data.tiling import Grid
 from dr2net_d2.errors import ConfigError, DatasetError
-from dr2net_d2.slicing import Slicing
+from dr2net_d2.inference.detectron2 import Detectron2Predictor
 from tests.d2.tiny import arguments, save_detector, tiny_cfg
 
 TILES = ("INPUT.TILES.ENABLED", True, "INPUT.TILES.SIZE", 64)
@@ -187,7 +187,7 @@ def test_without_merging_it_is_the_detector_on_each_tile(trained, tmp_path, canv
     monkeypatch.setattr(tiling, "BORDER", -1e9)
     merging = ("TEST.TILES.MERGE_THRESH", 1.0, "TEST.DETECTIONS_PER_IMAGE", 10**6)
     whole = ("TEST.TILES.WHOLE_IMAGE", False, "TEST.TILES.BATCH_SIZE", 1)
-    found = Predictor(tiny_cfg(tmp_path, *opts, *SLICES, *merging, *whole)).detect(canvas)
+    found = Detectron2Predictor(tiny_cfg(tmp_path, *opts, *SLICES, *merging, *whole)).detect(canvas)
     tiles = Grid(64, 0.25).tiles(128, 160).tolist()
     model.roi_heads.box_predictor.test_topk_per_image = 10**6
     expected = sorted({row for tile in tiles for row in by_hand(model, canvas, tile)})
@@ -200,8 +200,8 @@ def test_sahis_own_suppression_gives_the_same(trained, tmp_path, canvas, monkeyp
     opts, _ = trained
     monkeypatch.setattr(tiling, "BORDER", -1e9)
     many = ("TEST.DETECTIONS_PER_IMAGE", 1000)
-    sliced = Predictor(tiny_cfg(tmp_path, *opts, *many, *SLICES))
-    plain = Predictor(tiny_cfg(tmp_path, *opts, *many))
+    sliced = Detectron2Predictor(tiny_cfg(tmp_path, *opts, *many, *SLICES))
+    plain = Detectron2Predictor(tiny_cfg(tmp_path, *opts, *many))
     result = get_sliced_prediction(
         canvas[..., ::-1].copy(), SahiModel(model=plain, confidence_threshold=0.0),
         slice_height=64, slice_width=64, overlap_height_ratio=0.25, overlap_width_ratio=0.25,

@@ -11,10 +11,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from dr2net_d2.config_keys import LEAN_PARTS
-from dr2net_d2.core.checkpoint import plain_vit_state_dict
+from dr2net_d2.config import LEAN_PARTS
 from dr2net_d2.d2 import Dr2NetBackbone, Dr2NetPyramid, make_lean, register_dataset
 from dr2net_d2.d2.zoo import zoo_config
+from dr2net_d2.weights.plain_vit import plain_vit_state_dict
 
 DATASET = "small_digits_val_n20_s128_d6"
 

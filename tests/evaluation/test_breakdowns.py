@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dr2net_d2.evaluation import PROTOCOLS, breakdowns, evaluate_boxes
-from dr2net_d2.evaluation.errors import KINDS, best_threshold, find_errors
+from dr2net_d2.evaluation.error_kinds import KINDS, best_threshold, find_errors
 from dr2net_d2.evaluation.tables import read_results, read_truth
 from tests.evaluation.plain import overlap
 from tests.evaluation.scenes import random_document, random_results, write

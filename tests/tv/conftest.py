@@ -9,7 +9,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from dr2net_d2.config import merge_config
-from dr2net_d2.tv.config import check_config, get_cfg
+from dr2net_d2.config.torchvision import check_config, get_cfg
 
 TINY = """
 MODEL:

@@ -2,9 +2,9 @@ import logging
 
 import pytest
 
-from dr2net_d2.config_keys import add_dr2net_config
+from dr2net_d2.config import add_dr2net_config
+from dr2net_d2.config.torchvision import DETECTRON2_ONLY, get_cfg
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.tv.config import DETECTRON2_ONLY, get_cfg
 
 
 def flat(node, prefix=""):

@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 
-from dr2net_d2 import report
 from dr2net_d2.errors import ConfigError, UserError, WeightsError
 from dr2net_d2.evaluation import PROTOCOLS, RESULTS_FILE, evaluate_boxes
-from dr2net_d2.optimizer import build_optimizer
+from dr2net_d2.report import __main__ as report
+from dr2net_d2.training.optimizer import build_optimizer
 from dr2net_d2.tv import engine, training
 from dr2net_d2.tv.dataset import load_split
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from dr2net_d2.checkpointer import find_vit
 from dr2net_d2.core.memory import count_saved_bytes
 from dr2net_d2.core.pyramid import ChannelLayerNorm
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.optimizer import layer_decay_factor
+from dr2net_d2.training.optimizer import layer_decay_factor
 from dr2net_d2.tv.model import AlignedRoIPool, ExactAnchors, build_model
+from dr2net_d2.weights.checkpointer import find_vit
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_matching_in_chunks_is_torchvisions(build, monkeypatch, count, low_quali
     for parts in ("[]", "['rpn']"):
         rpn = build("MODEL.DR2NET.LEAN", parts).rpn
         rpn.proposal_matcher.allow_low_quality_matches = low_quality
-        monkeypatch.setattr("dr2net_d2.tv.lean.MATCHED_AT_ONCE", 97)
+        monkeypatch.setattr("dr2net_d2.tv.lean_heads.MATCHED_AT_ONCE", 97)
         results.append(rpn.assign_targets_to_anchors([boxes[count:]] * 2, targets))
     for stock, lean in zip(*map(itertools.chain.from_iterable, results), strict=True):
         assert torch.equal(stock, lean)

@@ -12,9 +12,9 @@ from dr2net_d2.data import CocoRecord, read_image
 from dr2net_d2.data.tiling import Grid, TileChoice
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.evaluation import RESULTS_FILE
+from dr2net_d2.inference.torchvision import TorchvisionPredictor
 from dr2net_d2.tv import engine
 from dr2net_d2.tv.dataset import Jitter, TrainingStream, choose_training_tiles, load_split
-from dr2net_d2.tv.inference import Predictor
 from dr2net_d2.tv.model import build_model
 
 TILES = ("INPUT.TILES.ENABLED", "True", "INPUT.TILES.SIZE", "64")
@@ -144,7 +144,7 @@ def test_the_predictor_goes_over_tiles(tiny_cfg, tmp_path, dataset_cache):
         read_image(load_split(f"small_digits_val_n1_s{side}_d4").content.records[0])
         for side in (64, 128)
     )
-    plain, sliced = (Predictor(tiny_cfg(*weights, *opts)) for opts in ((), SLICES))
+    plain, sliced = (TorchvisionPredictor(tiny_cfg(*weights, *opts)) for opts in ((), SLICES))
     # One tile: the detector's own answer, but for the second suppression.
     one, other = plain.detect(small), sliced.detect(small)
     assert {*map(tuple, other.boxes.tolist())} <= {*map(tuple, one.boxes.tolist())}

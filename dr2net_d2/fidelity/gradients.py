@@ -1,0 +1,258 @@
+"""Gradients of a ViT by four arithmetics: their errors, the bytes they save, their peak memory.
+
+``fidelity`` is the command on top; ``projects/fidelity`` measures series with these functions.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
+from dr2net_d2.core.checkpointed import checkpointed
+from dr2net_d2.core.fixed_point import StreamRange
+from dr2net_d2.core.memory import (
+    LiveBytes,
+    available_memory_bytes,
+    count_saved_bytes,
+    peak_tensor_bytes,
+)
+from dr2net_d2.core.replay import has_values
+
+logger = logging.getLogger(__name__)
+
+ARMS = ("exact", "float reversible", "checkpointing", "plain")
+"""Reversible in fixed point; reversible in floating point; one checkpoint per block; all stored."""
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The dtype of the stored run that gradients are compared with, and why it was chosen."""
+
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def schedule_pairs(
+    schedule: CoefficientSchedule, iterations: int, most: int = 9
+) -> list[tuple[float, float]]:
+    """The distinct (alpha, beta) that a training passes through, in order.
+
+    Args:
+        schedule: of the coefficients.
+        iterations: length of the training.
+        most: beyond it they are thinned evenly; the first and the last stay.
+    """
+    passed = list(dict.fromkeys(schedule(i / iterations) for i in range(iterations)))
+    chosen = np.linspace(0, len(passed) - 1, min(most, len(passed))).round().astype(int)
+    return [passed[i] for i in chosen]
+
+
+def choose_reference(vit: Dr2NetViT, image: Tensor) -> Reference:
+    """float64 where it fits into the memory that is free on the image's device, else float32.
+
+    Raises:
+        MemoryError: not even float32 fits.
+    """
+    weights = sum(parameter.nbytes for parameter in vit.parameters())
+    peak = plain_peak_bytes(vit, image)
+    free = available_memory_bytes(image.device)
+    # A copy of the model, its gradients, what is stored; and the gradients of the model itself.
+    double, single = (size * (2 * weights + peak) + weights for size in (2, 1))
+    found = f"{free / 1e9:.1f} GB are free"
+    if double < 0.9 * free:
+        return Reference(torch.float64, f"float64, which takes {double / 1e9:.1f} GB; {found}")
+    if single < 0.9 * free:
+        reason = f"float32, as float64 would take {double / 1e9:.1f} GB and {found}"
+        return Reference(torch.float32, reason)
+    raise MemoryError(f"gradients to compare with take {single / 1e9:.1f} GB, but {found}")
+
+
+def plain_peak_bytes(vit: Dr2NetViT, image: Tensor) -> int:
+    """Peak of forward and backward with all activations stored, counted without computing them."""
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        vit, image = copy.deepcopy(vit), copy.deepcopy(image)
+    with mode:
+        projection = torch.empty(_feature_shape(vit, image), device=image.device)
+        return differentiate(vit, image, projection, PLAIN, 0.5, 0.5).peak_bytes
+
+
+def measure(
+    vit: Dr2NetViT,
+    image: Tensor,
+    alpha: float,
+    beta: float,
+    reference: torch.dtype = torch.float64,
+    seed: int = 0,
+    arms: Sequence[str] = ARMS,
+) -> list[dict[str, Any]]:
+    """Differentiate a random projection of the features by every arm, at one pair of coefficients.
+
+    Args:
+        vit: float32, in evaluation mode; its coefficients and arithmetic are left changed.
+        image: (1, channels, H, W), float32.
+        alpha, beta: the coefficients; beta on the grid of exact arithmetic.
+        reference: dtype of the stored run that gradients are compared with.
+        seed: of the projection.
+        arms: of ``ARMS``.
+
+    Returns:
+        One row per arm: alpha, beta, arm, gradient_error (None if not finite), saved_bytes,
+        peak_bytes (both beyond the weights and gradients).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    projection = torch.randn(_feature_shape(vit, image), generator=generator).to(image.device)
+    oracle = copy.deepcopy(vit).to(reference)
+    given = image.to(reference)
+    expected = differentiate(oracle, given, projection.to(reference), PLAIN, alpha, beta).gradients
+    del oracle, given
+    rows = []
+    for arm in arms:
+        found = differentiate(vit, image, projection, arm, alpha, beta)
+        error = relative_error(found.gradients, expected)
+        rows.append(
+            {
+                "alpha": alpha,
+                "beta": beta,
+                "arm": arm,
+                "gradient_error": error if math.isfinite(error) else None,
+                "saved_bytes": found.saved_bytes,
+                "peak_bytes": found.peak_bytes,
+            }
+        )
+    vit.zero_grad()
+    return rows
+
+
+def measure_all(
+    vit: Dr2NetViT,
+    image: Tensor,
+    pairs: Sequence[tuple[float, float]],
+    reference: torch.dtype,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The rows of ``measure`` at every pair of coefficients; logs a line of progress after each."""
+    rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    for done, (alpha, beta) in enumerate(pairs, 1):
+        found = measure(vit, image, alpha, beta, reference, seed)
+        rows += found
+        left = (time.perf_counter() - started) / done * (len(pairs) - done)
+        logger.info(
+            "coefficients %d of %d, %s left: α %.3f, β %.3f, gradient error: %s",
+            done,
+            len(pairs),
+            timedelta(seconds=round(left)),
+            alpha,
+            beta,
+            ", ".join(f"{row['arm']} {format_error(row['gradient_error'])}" for row in found),
+        )
+    return rows
+
+
+def format_error(error: float | None) -> str:
+    return "not finite" if error is None else f"{error:.1e}"
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The outcome of ``differentiate``: the gradients of the image and of all parameters."""
+
+    gradients: list[Tensor]
+    saved_bytes: int
+    peak_bytes: int
+
+
+def differentiate(
+    vit: Dr2NetViT, image: Tensor, projection: Tensor, arm: str, alpha: float, beta: float
+) -> Gradients:
+    """Gradients of ``(features * projection).sum()``; they lie in ``.grad`` of the parameters."""
+    image = image.detach().requires_grad_()
+    leaves = [image, *vit.parameters()]
+    for leaf in leaves:
+        # Allocated now, so that the peak is without them.
+        leaf.grad = torch.zeros_like(leaf)
+    # So that a row does not depend on the rows before it.
+    vit.blocks.stream_range = StreamRange().to(image.device)
+    with _peak(image) as live:
+        with count_saved_bytes(exclude=vit.parameters()) as saved:
+            features = forward(vit, image, arm, alpha, beta)
+        features.backward(projection)
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    return Gradients(gradients, saved.total, live.peak)
+
+
+def forward(vit: Dr2NetViT, image: Tensor, arm: str, alpha: float, beta: float) -> Tensor:
+    """The features (N, C, H, W) as ``arm``, one of ``ARMS``, computes them."""
+    vit.arithmetic = "exact" if arm == "exact" else "float"
+    vit.reversible = arm in ("exact", "float reversible")
+    vit.coefficients.set(alpha, beta)
+    # That floating-point inversion is wrong is what is being measured.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        if arm != "checkpointing":
+            return vit(image)[vit.out_feature]
+        with _forward_of(vit.blocks, partial(checkpointed, vit.blocks)):
+            return vit(image)[vit.out_feature]
+
+
+def relative_error(gradients: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """Norm of the difference of all gradients over the norm of the reference."""
+    difference = norm = 0.0
+    for gradient, expected in zip(gradients, reference, strict=True):
+        expected = expected.double()
+        difference += float((gradient.double() - expected).square().sum())
+        norm += float(expected.square().sum())
+    return math.sqrt(difference / norm)
+
+
+def _feature_shape(vit: Dr2NetViT, image: Tensor) -> tuple[int, ...]:
+    height, width = image.shape[-2:]
+    return (len(image), vit.embed_dim, height // vit.patch_size, width // vit.patch_size)
+
+
+@contextmanager
+def _forward_of(module: nn.Module, function: Any) -> Iterator[None]:
+    vars(module)["forward"] = function
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+
+
+@contextmanager
+def _peak(image: Tensor) -> Iterator[LiveBytes]:
+    """Peak bytes on the image's device, beyond those that are allocated at the start."""
+    device = image.device
+    if device.type != "cuda" or not has_values(image):
+        with peak_tensor_bytes() as live:
+            yield live
+        return
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    live = LiveBytes()
+    yield live
+    torch.cuda.synchronize(device)
+    live.peak = torch.cuda.max_memory_allocated(device) - before

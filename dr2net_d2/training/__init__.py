@@ -1,0 +1,29 @@
+"""What a training needs around its loop, whichever engine runs it.
+
+In: a model, a config, an iteration. Out: an optimizer, coefficients that move, a stop at what is
+not finite, and curves of what was logged.
+"""
+
+from dr2net_d2.training.coefficients import update_coefficients
+from dr2net_d2.training.guards import (
+    GradientGuard,
+    check_gradients,
+    check_losses,
+    divergence_at,
+    non_finite,
+)
+from dr2net_d2.training.optimizer import build_optimizer
+from dr2net_d2.training.pictures import draw_curves, draw_predictions, read_metrics
+
+__all__ = [
+    "GradientGuard",
+    "build_optimizer",
+    "check_gradients",
+    "check_losses",
+    "divergence_at",
+    "draw_curves",
+    "draw_predictions",
+    "non_finite",
+    "read_metrics",
+    "update_coefficients",
+]
