@@ -68,7 +68,7 @@ _ATTENTION = {
     ),
 }
 
-ENGINES = {"detectron2": "dr2net_d2.d2.planning", "torchvision": "dr2net_d2.tv.planning"}
+ENGINES = {"detectron2": "dr2net_d2.plan.detectron2", "torchvision": "dr2net_d2.plan.torchvision"}
 
 
 class DryRun:
