@@ -1,6 +1,6 @@
 """Memory and time of the projects' trainings: plans.json and the table of each README.
 
-    python projects/plans.py
+    python -m projects.plans
 
 Predicts an iteration of every config of VisDrone, AI-TOD and TinyPerson at its batch size, without
 a GPU, as ``python -m dr2net_d2.plan --tflops`` does, and writes the table between the marks in each

@@ -1,20 +1,22 @@
 """projects/memory_benchmark without Detectron2: its file, its tables, its pictures."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from dr2net_d2.core.attention_kernels import KERNELS
 from dr2net_d2.errors import ConfigError
-from tests.projects import PROJECTS, load
+from projects.memory_benchmark import kernels, pictures, report, store
 
+PROJECTS = Path(__file__).parents[1] / "projects"
 SETTING = {"device": "x86_64", "cores": 2, "threads": 2, "python": "3.11", "torch": "2.14"}
 
 
 @pytest.fixture
-def scripts(monkeypatch):
-    return load(monkeypatch, "memory_benchmark", "store", "report", "pictures")
+def scripts():
+    return store, report, pictures
 
 
 def row(work, arm, saved, peak, seconds=(), **further):
@@ -132,8 +134,7 @@ def test_every_row_is_written_at_once_and_a_failure_is_forgotten(scripts, tmp_pa
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_every_way_of_attention_is_measured_against_the_formula(monkeypatch, tmp_path):
-    (kernels,) = load(monkeypatch, "memory_benchmark", "kernels")
+def test_every_way_of_attention_is_measured_against_the_formula(tmp_path):
     device, shape = torch.device("cpu"), kernels.Shape("small", 2, 6)
     rows = kernels.measure(shape, device, torch.float32, rounds=2)
     assert [row["kernel"] for row in rows if row["chosen"]] == ["chunked"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from torch import nn
 
 from dr2net_d2.data import load_coco, read_image, resolve_dataset
 from dr2net_d2.errors import ConfigError
-from tests.projects import PROJECTS, load
+from projects.parity import arms, figures, finetune, photo_shapes, report, run
 
+ROOT = Path(__file__).parents[1]
+PROJECTS = ROOT / "projects"
 SMALL = (
     ("MODEL.WEIGHTS", "''"),
     ("SOLVER.MAX_ITER", "4"),
@@ -25,13 +28,13 @@ SMALL_WORDS = tuple(word for pair in SMALL for word in pair)
 
 @pytest.fixture
 def scripts(monkeypatch):
-    monkeypatch.chdir(PROJECTS.parent)
-    return load(monkeypatch, "parity", "arms", "finetune", "run", "report", "figures")
+    monkeypatch.chdir(ROOT)
+    return arms, finetune, run, report, figures
 
 
 @pytest.fixture
-def shapes(monkeypatch):
-    return load(monkeypatch, "parity", "photo_shapes")[0]
+def shapes():
+    return photo_shapes
 
 
 def trial(finetune, arm, rate=1e-3):

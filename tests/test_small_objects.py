@@ -2,18 +2,20 @@
 
 import json
 import math
+from pathlib import Path
 
 import torch
 
 from dr2net_d2.commands import load_config
 from dr2net_d2.plan.planner import training_side
-from tests import projects
+from projects import plans
+from projects.small_objects import assignment, report
 
 ENGINE = "torchvision"
+PROJECTS = Path(__file__).parents[1] / "projects"
 
 
-def test_nwd_by_hand(monkeypatch):
-    (assignment,) = projects.load(monkeypatch, "small_objects", "assignment")
+def test_nwd_by_hand():
     a = torch.tensor([[0.0, 0, 10, 20], [5, 5, 9, 9]])
     # The same; 3 px and 4 px away; 8 px wider and 12 px taller around the same centre.
     b = torch.tensor([[0.0, 0, 10, 20], [3, 4, 13, 24], [-4, -6, 14, 26]])
@@ -26,18 +28,16 @@ def test_nwd_by_hand(monkeypatch):
     torch.testing.assert_close(nwd[1, 0], torch.tensor(far))
 
 
-def test_tables_are_those_of_the_raw_results(monkeypatch):
-    (report,) = projects.load(monkeypatch, "small_objects", "report")
-    page = (projects.PROJECTS / "small_objects" / "README.md").read_text()
+def test_tables_are_those_of_the_raw_results():
+    page = (PROJECTS / "small_objects" / "README.md").read_text()
     for name, table in report.TABLES.items():
         assert f"<!-- {name} -->\n{table()}\n<!-- /{name} -->" in page
-    assert report.headline() in (projects.PROJECTS.parent / "README.md").read_text()
+    assert report.headline() in (PROJECTS.parent / "README.md").read_text()
 
 
-def test_plans_are_those_of_the_configs(monkeypatch):
-    (plans,) = projects.load(monkeypatch, ".", "plans")
+def test_plans_are_those_of_the_configs():
     for project in plans.OBJECTS:
-        folder = projects.PROJECTS / project
+        folder = PROJECTS / project
         rows = json.loads((folder / "plans.json").read_text())
         assert plans.table(rows) in (folder / "README.md").read_text()
         assert [row["config"] for row in rows] == sorted(

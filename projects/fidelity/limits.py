@@ -3,7 +3,7 @@
 Twelve ViT blocks at beta 1/2; the error of our gradient over that of plain float32 training, both
 against float64, geometric mean over seeds. Writes limits.json.
 
-    python projects/fidelity/limits.py
+    python -m projects.fidelity.limits
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 One row of results.json per arm and finished pair of coefficients; what is there is skipped.
 
-    python projects/fidelity/measure.py
+    python -m projects.fidelity.measure
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from limits import table as limits_table
-from step_time import table as time_table
 from torch import Tensor, nn
 
 from dr2net_d2.commands import fill_page, load_config, markdown_table
@@ -24,6 +22,8 @@ from dr2net_d2.data import load_coco, resolve_dataset
 from dr2net_d2.fidelity.__main__ import build_vit, load_image, surroundings
 from dr2net_d2.fidelity.gradients import choose_reference, format_error, measure, schedule_pairs
 from dr2net_d2.fidelity.picture import draw_fidelity
+from projects.fidelity.limits import table as limits_table
+from projects.fidelity.step_time import table as time_table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

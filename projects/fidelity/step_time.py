@@ -3,7 +3,7 @@
 The arms take turns, so that a noisy machine slows all of them alike; the ratios are of medians.
 One row of step_time.json per model and device; rows that are there already are skipped.
 
-    python projects/fidelity/step_time.py [--device cuda]
+    python -m projects.fidelity.step_time [--device cuda]
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from detectron2.modeling import build_backbone
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from fvcore.common.config import CfgNode
-from store import DEPTHS, LEAN_ARMS, Work
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +26,7 @@ from dr2net_d2 import commands
 from dr2net_d2.core.checkpointed import checkpointed
 from dr2net_d2.core.memory import LiveBytes, count_saved_bytes, peak_tensor_bytes
 from dr2net_d2.d2 import build_detector
+from projects.memory_benchmark.store import DEPTHS, LEAN_ARMS, Work
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-InstanceSegmentation"
 BETA = 1 / 2

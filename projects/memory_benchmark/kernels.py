@@ -5,8 +5,8 @@ with the stock formula, in time by the median over the turns of a turn's ratio, 
 gradients by the largest deviation from float64's. Writes kernels-<device>.json and the table in
 README.md here. flex_attention, which needs a compiled kernel to be fair, is measured on a GPU.
 
-    python projects/memory_benchmark/kernels.py
-    python projects/memory_benchmark/kernels.py --device cuda
+    python -m projects.memory_benchmark.kernels
+    python -m projects.memory_benchmark.kernels --device cuda
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from report import HERE, NOT_MEASURED, hardware
-from store import step_seconds
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -32,6 +30,8 @@ from dr2net_d2.commands import fill_page, markdown_table
 from dr2net_d2.core.attention_kernels import KERNELS, choose_kernel
 from dr2net_d2.core.memory import count_saved_bytes, peak_tensor_bytes
 from dr2net_d2.fidelity.__main__ import surroundings
+from projects.memory_benchmark.measurements import HERE, NOT_MEASURED, hardware
+from projects.memory_benchmark.store import step_seconds
 
 STOCK = "matrix"
 PARTS = ("forward_seconds", "backward_seconds")

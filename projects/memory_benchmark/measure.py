@@ -4,10 +4,10 @@ All arms have the same weights, images and random numbers. Memory is measured ar
 take turns, so that a noisy machine slows all of them alike. Every measurement is written at once:
 an interrupted run goes on where it stopped, and what is there is skipped. Needs Detectron2.
 
-    python projects/memory_benchmark/measure.py --preset cpu
-    python projects/memory_benchmark/measure.py --preset gpu --device cuda --time-limit 540
-    python projects/memory_benchmark/measure.py --models ti b --sizes 512 1024 --scope vit
-    python projects/memory_benchmark/measure.py --models ti --arms dr2net-stock-heads \\
+    python -m projects.memory_benchmark.measure --preset cpu
+    python -m projects.memory_benchmark.measure --preset gpu --device cuda --time-limit 540
+    python -m projects.memory_benchmark.measure --models ti b --sizes 512 1024 --scope vit
+    python -m projects.memory_benchmark.measure --models ti --arms dr2net-stock-heads \\
         dr2net-lean-pyramid dr2net-lean-rpn dr2net-lean-roi dr2net-exact --output lean-cpu.json
 """
 
@@ -23,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from store import (
+
+from dr2net_d2.errors import ConfigError, UserError
+from dr2net_d2.fidelity.__main__ import surroundings
+from projects.memory_benchmark.store import (
     ARMS,
     DEPTHS,
     FAILED,
@@ -38,12 +41,10 @@ from store import (
     turns,
 )
 
-from dr2net_d2.errors import ConfigError, UserError
-from dr2net_d2.fidelity.__main__ import surroundings
-
 if importlib.util.find_spec("detectron2"):
-    import arms as networks
     import detectron2
+
+    from projects.memory_benchmark import arms as networks
 
 HERE = Path(__file__).parent
 AXES = ("scope", "models", "depths", "sizes", "batches", "precisions")

@@ -9,8 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from report import Measurements, ratio
-from store import ARMS, DEPTHS, Results, Work, turns
+
+from projects.memory_benchmark.measurements import Measurements, ratio
+from projects.memory_benchmark.store import ARMS, DEPTHS, Results, Work, turns
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 COLOURS = dict(

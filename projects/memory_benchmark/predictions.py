@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import torch
-from arms import BETA, load_config
-from measure import HERE, parse_arguments, plan, say
-from report import Measurements
-from store import Results, Work
 
 from dr2net_d2.plan.planner import Prediction, predict
+from projects.memory_benchmark.arms import BETA, load_config
+from projects.memory_benchmark.measure import HERE, parse_arguments, plan, say
+from projects.memory_benchmark.measurements import Measurements
+from projects.memory_benchmark.store import Results, Work
 
 PLANNED = {
     "stock": "stock",

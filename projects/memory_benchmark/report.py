@@ -1,8 +1,8 @@
 """Tables and pictures from what measure.py and the memory planner wrote; into README.md here.
 
-python projects/memory_benchmark/report.py
-python projects/memory_benchmark/report.py --predict            # asks the planner what is missing
-python projects/memory_benchmark/report.py --ladder README.md   # the table of the top-level page
+python -m projects.memory_benchmark.report
+python -m projects.memory_benchmark.report --predict            # asks the planner what is missing
+python -m projects.memory_benchmark.report --ladder README.md   # the table of the top-level page
 """
 
 from __future__ import annotations
@@ -14,37 +14,23 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from store import ARMS, LEAN_ARMS, MEASURED, Results, Work, step_seconds, turns
-
 from dr2net_d2.commands import fill_page, markdown_table
 from dr2net_d2.errors import UserError
+from projects.memory_benchmark.measurements import HERE, NOT_MEASURED, Measurements, ratio
+from projects.memory_benchmark.pictures import draw_memory, draw_time
+from projects.memory_benchmark.predictions import predict_missing
+from projects.memory_benchmark.store import (
+    ARMS,
+    LEAN_ARMS,
+    MEASURED,
+    Results,
+    Work,
+    step_seconds,
+    turns,
+)
 
-HERE = Path(__file__).parent
 LADDER = Work("detector", "b", None, 1024, 1, "fp32", 20, 0)
-NOT_MEASURED = "not measured"
 STOCK_HEADS = "dr2net-stock-heads"
-
-
-class Measurements:
-    """The files of a folder: measured on a CPU and on a GPU, and predicted; any may be missing."""
-
-    def __init__(self, folder: Path = HERE) -> None:
-        self.devices = {
-            name: Results(folder / f"results-{file}.json")
-            for name, file in (("CPU", "cpu"), ("GPU", "cuda"))
-        }
-        self.predicted = Results(folder / "predictions.json")
-        self.lean = Results(folder / "lean-cpu.json")
-
-    def hardware(self, device: str) -> str:
-        setting = self.devices[device].setting
-        return NOT_MEASURED if setting is None else hardware(setting, device)
-
-
-def hardware(setting: dict[str, Any], device: str) -> str:
-    """Processor or GPU and torch of the setting of a file, ``device`` being CPU or GPU."""
-    where = f"{setting['threads']} threads of " if device == "CPU" else ""
-    return f"{where}{setting['device']}, torch {setting['torch']}"
 
 
 def memory_table(device: Results, predicted: Results, works: Iterable[Work]) -> str:
@@ -69,15 +55,6 @@ def time_table(device: Results, works: Iterable[Work]) -> str:
         if any(cell != NOT_MEASURED for cell in cells):
             lines.append([str(work), *cells])
     return markdown_table(lines)
-
-
-def ratio(device: Results, work: Work, arm: str, other: str) -> float | None:
-    """The step time of an arm over another's: median over the turns; None if not measured."""
-    pair = [device.find(work, name) for name in (arm, other)]
-    if not all(row and turns(row) for row in pair):
-        return None
-    turn_by_turn = zip(*(step_seconds(row) for row in pair if row), strict=False)
-    return statistics.median(one / two for one, two in turn_by_turn)
 
 
 def lean_table(measured: Results) -> str:
@@ -181,8 +158,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.predict:
-            from predictions import predict_missing
-
             predict_missing()
         found = Measurements()
         fill_report(HERE / "README.md", found)
@@ -191,8 +166,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
-    from pictures import draw_memory, draw_time
-
     draw_memory(found, HERE / "memory.png")
     draw_time(found, HERE / "time.png")
     return 0

@@ -4,7 +4,7 @@ One image, Mask R-CNN, bf16 autocast, exact arithmetic at beta 1/2. Memory is co
 tensors, the detector's by the memory planner; times come from the files of measure.py. Writes
 targets.json and the table in README.md here.
 
-    python projects/memory_benchmark/targets.py [--rows 6 7]
+    python -m projects.memory_benchmark.targets [--rows 6 7]
 """
 
 from __future__ import annotations
@@ -19,11 +19,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from arms import build_networks, gradients, load_config, make_inputs, take_step
-from measure import say
-from predictions import ask
-from report import HERE, NOT_MEASURED, Measurements, ratio
-from store import Work
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from dr2net_d2.commands import fill_page, markdown_table
@@ -31,6 +26,17 @@ from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.memory import peak_tensor_bytes
 from dr2net_d2.errors import UserError
 from dr2net_d2.plan.planner import Prediction, pairs_of_schedule
+from projects.memory_benchmark.arms import (
+    build_networks,
+    gradients,
+    load_config,
+    make_inputs,
+    take_step,
+)
+from projects.memory_benchmark.measure import say
+from projects.memory_benchmark.measurements import HERE, NOT_MEASURED, Measurements, ratio
+from projects.memory_benchmark.predictions import ask
+from projects.memory_benchmark.store import Work
 
 EXACT, CHECKPOINT = "dr2net-exact", "our-attention-checkpoint"
 CARD = 24e9

@@ -6,7 +6,7 @@ Task: on small canvases of SmallDigits, say for every 8 px patch which digit cov
 none. Only digit samples of the training split are drawn. Writes the weights (float16 safetensors,
 timm's names) and a JSON with the figures.
 
-    python projects/micro_vit/pretrain.py
+    python -m projects.micro_vit.pretrain
 """
 
 from __future__ import annotations

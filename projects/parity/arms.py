@@ -10,13 +10,13 @@ from itertools import chain
 from typing import Any
 
 import torch
-from photo_shapes import OUTLINES
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT, ReversibleSequence
 from dr2net_d2.core.checkpointed import checkpointed
 from dr2net_d2.core.fixed_point import StreamRange
+from projects.parity.photo_shapes import OUTLINES
 
 Pairs = Callable[[float], tuple[float, float]]
 """progress in [0, 1] -> (alpha, beta)."""

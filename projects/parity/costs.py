@@ -3,7 +3,7 @@
 Peak: tensors alive in forward and backward, beyond weights and optimizer state, gradients included;
 the largest over the coefficients that the arm passes through. Time: the arms in turns, one thread.
 
-    python projects/parity/costs.py [--turns 7]
+    python -m projects.parity.costs [--turns 7]
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import arms
 import torch
-from finetune import prepare
 from torch import Tensor
 from tqdm import tqdm
 
 from dr2net_d2.core.memory import peak_tensor_bytes
-from dr2net_d2.training.coefficients import update_coefficients
+from dr2net_d2.training import update_coefficients
 from dr2net_d2.tv.dataset import TrainingStream, as_lists
+from projects.parity import arms
+from projects.parity.finetune import prepare
 
 COSTS = Path(__file__).parent / "costs.json"
 PROGRESS = (0.0, 0.25, 0.5, 1.0)

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import arms
 import numpy as np
-from finetune import FINISHED
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from report import CONVENTIONAL, OURS, differences, final_rows
-from run import Row
 from sklearn.isotonic import IsotonicRegression
+
+from projects.parity import arms
+from projects.parity.finetune import FINISHED
+from projects.parity.results import CONVENTIONAL, OURS, Row, differences, final_rows
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 COLOURS = {

@@ -9,19 +9,18 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import arms
-import photo_shapes
 from torch import Tensor
 
 from dr2net_d2.commands import load_config
 from dr2net_d2.config.torchvision import check_config
 from dr2net_d2.core import Dr2NetViT
 from dr2net_d2.fidelity.gradients import measure
-from dr2net_d2.training.pictures import read_metrics
+from dr2net_d2.training import read_metrics
 from dr2net_d2.tv.dataset import Split, load_image, load_split
 from dr2net_d2.tv.engine import build_seeded_model
 from dr2net_d2.tv.training import Training
-from dr2net_d2.weights.checkpointer import StrictCheckpointer
+from dr2net_d2.weights import StrictCheckpointer
+from projects.parity import arms, photo_shapes
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "parity.yaml"

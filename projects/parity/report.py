@@ -1,6 +1,6 @@
 """Tables and pictures of results.jsonl and costs.json, into README.md here and that of the project.
 
-python projects/parity/report.py
+python -m projects.parity.report
 """
 
 from __future__ import annotations
@@ -10,14 +10,21 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import arms
-from costs import COSTS
-from finetune import DIVERGED, FINAL, FINISHED, HERE
-from run import Row, read_results, tuned
-
 from dr2net_d2.commands import fill_page, markdown_table
+from projects.parity import arms
+from projects.parity.costs import COSTS
+from projects.parity.figures import draw_ablations, draw_arms, draw_curves, draw_tasks
+from projects.parity.finetune import DIVERGED, FINISHED, HERE
+from projects.parity.results import (
+    CONVENTIONAL,
+    OURS,
+    Row,
+    differences,
+    final_rows,
+    read_results,
+    tuned,
+)
 
-CONVENTIONAL, OURS = "conventional", "convex"
 TOP_LEVEL = (
     CONVENTIONAL,
     "checkpointing",
@@ -36,28 +43,12 @@ HEADER = ("", "learning rate", "AP", "beyond conventional", "AP50", "APs", "seed
 COST_HEADER = ("peak, MB", "step time", "gradient error, worst")
 
 
-def final_rows(rows: Iterable[Row], name: str) -> list[Row]:
-    """The final runs of an arm, by seed."""
-    found = [row for row in rows if row["stage"] == FINAL and row["arm"] == name]
-    return sorted(found, key=lambda row: row["seed"])
-
-
 def spread(values: Sequence[float], sign: str = "") -> str:
     """Mean and, of several, standard deviation of a sample; ``sign`` "+" shows a plus."""
     if not values:
         return "-"
     mean = f"{statistics.mean(values):{sign}.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def differences(rows: Sequence[Row], reference: Sequence[Row]) -> list[float]:
-    """AP of each finished run beyond that of the reference with the same seed."""
-    others = {row["seed"]: row["AP"] for row in reference if row["status"] == FINISHED}
-    return [
-        row["AP"] - others[row["seed"]]
-        for row in rows
-        if row["status"] == FINISHED and row["seed"] in others
-    ]
 
 
 def accuracy(rows: Sequence[Row], reference: Sequence[Row]) -> list[str]:
@@ -163,8 +154,6 @@ def main() -> None:
     rows, costs = read_results(), json.loads(COSTS.read_text())
     fill_page(HERE / "README.md", tables(rows, costs))
     fill_page(HERE.parents[1] / "README.md", {"accuracy": top_level(rows, costs)})
-    from figures import draw_ablations, draw_arms, draw_curves, draw_tasks  # slow to import
-
     draw_arms(rows, costs, HERE / "arms.png")
     draw_curves(rows, HERE / "curves.png")
     draw_ablations(rows, HERE / "ablations.png")

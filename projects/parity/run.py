@@ -3,7 +3,7 @@
 A row is added when a run ends, so it may be stopped at any time and started again; a run that was
 cut off begins anew.
 
-    python projects/parity/run.py [--jobs 2] [--seeds 3] [--minutes 90] [ARM ...]
+    python -m projects.parity.run [--jobs 2] [--seeds 3] [--minutes 90] [ARM ...]
 """
 
 from __future__ import annotations
@@ -18,39 +18,18 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
-import arms
 import torch
-from finetune import FINAL, FINISHED, TUNING, Run, finetune
 from tqdm import tqdm
 
 from dr2net_d2.errors import ConfigError, run_command
+from projects.parity import arms
+from projects.parity.finetune import FINAL, TUNING, Run, finetune
+from projects.parity.results import RESULTS, Row, read_results, tuned
 
-RESULTS = Path(__file__).parent / "results.jsonl"
 FIRST_RATES = (1e-3, 2e-3, 4e-3)
 LOWEST_RATE, HIGHEST_RATE = 2.5e-4, 1.6e-2
 TUNING_SEED = 100
-
-Row = dict[str, Any]
-
-
-def read_results(path: Path = RESULTS) -> list[Row]:
-    """The rows of results.jsonl; none if there is no such file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def tuned(rows: Iterable[Row], arm: arms.Arm) -> dict[float, float]:
-    """Learning rate -> AP of an arm's tuning runs; -1 for one that diverged."""
-    name = arm.rate_of or arm.name
-    return {
-        row["rate"]: row["AP"] if row["status"] == FINISHED else -1.0
-        for row in rows
-        if row["stage"] == TUNING and row["arm"] == name
-    }
 
 
 def rates_to_try(found: dict[float, float]) -> list[float]:

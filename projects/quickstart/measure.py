@@ -2,7 +2,7 @@
 
 One row of results.json per finished run; runs that are there already are skipped.
 
-    python projects/quickstart/measure.py
+    python -m projects.quickstart.measure
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dr2net_d2.config import dr2net_arguments, vit_arguments
 from dr2net_d2.core import Dr2NetViT
 from dr2net_d2.core.memory import count_saved_bytes
 from dr2net_d2.data import resolve_dataset
-from dr2net_d2.training.pictures import draw_predictions
+from dr2net_d2.training import draw_predictions
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

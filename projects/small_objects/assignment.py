@@ -1,6 +1,6 @@
 """Does assigning anchors by NWD in place of IoU help on digits of 8 to 16 px? Trains, compares.
 
-    python projects/small_objects/assignment.py --arms iou-stock iou-data nwd-data --seeds 1 2
+    python -m projects.small_objects.assignment --arms iou-stock iou-data nwd-data --seeds 1 2
 
 Every run is the quickstart with the torchvision engine; anchors "data" are those that
 ``python -m dr2net_d2.anchors`` proposes. One row of assignment.json per finished run; runs that are

@@ -1,6 +1,6 @@
 """Time and memory of evaluating a million detections: ours, pycocotools, faster-coco-eval.
 
-    python projects/small_objects/evaluation_speed.py
+    python -m projects.small_objects.evaluation_speed
 
 Every run is a process of its own. The results, with what differs from pycocotools, go to
 evaluation_speed.json beside this file. faster-coco-eval is no dependency: it is compared where it
@@ -27,9 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from dr2net_d2.evaluation import PROTOCOLS
-from dr2net_d2.evaluation.counting import Counts
-from dr2net_d2.evaluation.tables import read_results, read_truth
+from dr2net_d2.evaluation import PROTOCOLS, evaluate_tables, read_results, read_truth
 
 SEED = 0
 CASES = {
@@ -92,9 +90,9 @@ def evaluate_ours(file: str, results: list[dict[str, Any]]) -> tuple[dict[str, f
     truth = read_truth(file)
     table = read_results(results, truth)
     loaded = time.perf_counter()
-    counts = Counts(truth, table, PROTOCOL)
+    evaluation = evaluate_tables(truth, table, PROTOCOL)
     parts = {"loading": loaded - started, "counting": time.perf_counter() - loaded}
-    return parts, {name: getattr(counts, name) for name in ARRAYS}
+    return parts, {name: getattr(evaluation, name) for name in ARRAYS}
 
 
 def evaluate_coco(

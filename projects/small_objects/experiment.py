@@ -1,7 +1,7 @@
 """What anchors from data, tiles, and both bring for digits of 8 to 16 px.
 
-    python projects/small_objects/experiment.py
-    python projects/small_objects/experiment.py --seeds 2
+    python -m projects.small_objects.experiment
+    python -m projects.small_objects.experiment --seeds 2
 
 Trains experiment.yaml with torchvision, four arms for each seed, all with the same number of
 iterations on inputs of the same size: a tile of 128 px comes into the network as large as a whole

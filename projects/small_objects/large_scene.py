@@ -6,7 +6,7 @@ large_scene.yaml is trained on tiles of the scene first, so that there is someth
 from those weights on the whole image; both evaluations are of the weights from tiles, on another
 scene. One row of large_scene.json per engine and phase.
 
-    python projects/small_objects/large_scene.py [--engine torchvision] [--iterations 15]
+    python -m projects.small_objects.large_scene [--engine torchvision] [--iterations 15]
 """
 
 from __future__ import annotations

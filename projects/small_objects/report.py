@@ -1,6 +1,6 @@
 """Fills the tables of README, and of the one on top, from raw results; draws experiment.png.
 
-python projects/small_objects/report.py
+python -m projects.small_objects.report
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experiment import ARMS, METRICS, draw, read_results
-
 from dr2net_d2.commands import fill_page, markdown_table
+from projects.small_objects.experiment import ARMS, METRICS, draw, read_results
 
 HERE = Path(__file__).parent
 ENGINES = {"ours": "dr2net_d2", "faster": "faster-coco-eval", "pycocotools": "pycocotools"}

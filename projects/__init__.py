@@ -1,0 +1,1 @@
+"""Scripts behind the figures of this project's pages, and configs for benchmarks."""

@@ -1,0 +1,1 @@
+"""The pretrained ViT that the package ships."""

@@ -1,0 +1,1 @@
+"""How accuracy compares with conventional finetuning."""

@@ -1,0 +1,1 @@
+"""Anchors, tiles and evaluation for small objects."""
