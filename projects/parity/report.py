@@ -88,9 +88,9 @@ def arm_table(
     names: Iterable[str],
     columns: Iterable[str] = (*HEADER[1:], *COST_HEADER),
 ) -> str:
-    """A row per arm: accuracy over seeds, memory, time, gradient error, or some of these columns."""
+    """A row per arm: accuracy over seeds, memory, time, gradient error; or fewer columns."""
     reference = final_rows(rows, CONVENTIONAL)
-    header = (*HEADER, *COST_HEADER)
+    header: tuple[str, ...] = (*HEADER, *COST_HEADER)
     shown = [0, *map(header.index, columns)]
     lines = [header]
     for name in names:
