@@ -215,9 +215,10 @@ def test_python_blocks_run(page, clone):
     for code in python_pages()[page]:
         exec(code, scope)
 
-    if page == "config.md":
-        network = scope["network"](torch.zeros(1, 3, 64, 64))
-        assert network.shape == (1, 1000) and len(reversible_stacks(scope["network"])) == 4
+    if page == "own_network.md":
+        logits = scope["network"](torch.zeros(1, 3, 64, 64))
+        assert logits.shape == (1, 1000) and len(reversible_stacks(scope["network"])) == 4
+    elif page == "config.md":
         model.backbone.net.update(embed_dim=32, depth=1, num_heads=2, window_block_indexes=[])
         for part in (model.backbone.net, model.backbone.bottom_up):
             assert reversible_stacks(instantiate(part))

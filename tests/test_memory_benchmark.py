@@ -100,6 +100,18 @@ def test_the_projects_page_is_filled(scripts, folder):
     assert (folder / "memory.png").read_bytes()[:4] == (folder / "time.png").read_bytes()[:4]
 
 
+def test_the_pages_are_those_of_the_committed_results(scripts, tmp_path):
+    _, report, _ = scripts
+    found, copy = report.Measurements(), tmp_path / "README.md"
+    for page, fill in (
+        (PROJECTS / "memory_benchmark" / "README.md", report.fill_report),
+        (PROJECTS.parent / "README.md", report.fill_ladder),
+    ):
+        copy.write_text(page.read_text())
+        fill(copy, found)
+        assert copy.read_text() == page.read_text()
+
+
 def test_pages_without_markers_are_refused(scripts, folder):
     _, report, _ = scripts
     page = folder / "top.md"

@@ -98,10 +98,9 @@ def ladder_table(found: Measurements) -> str:
         lines.append([*line, _gigabytes(expected) if expected else "-"])
     return (
         f"{markdown_table(lines)}\n\n"
-        "One training step of Mask R-CNN with ViTDet-B, batch 1, 1024 px, 20 objects; peak beyond "
-        "weights and gradients. "
-        f"CPU: {found.hardware('CPU')}. GPU: {found.hardware('GPU')}. Predictions are the memory "
-        "planner's, for a GPU. Step times are relative to stock."
+        "One training step of Mask R-CNN with ViTDet-B: batch 1, 1024 px, 20 objects. Peaks "
+        "exclude weights and gradients;\nstep times are relative to stock; the memory planner "
+        f"makes the predictions.\nCPU: {found.hardware('CPU')}. GPU: {found.hardware('GPU')}."
     )
 
 

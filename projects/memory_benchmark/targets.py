@@ -167,7 +167,7 @@ def largest_that_fits(arm: str) -> int:
 
 def targets_table(rows: list[Row]) -> str:
     words = {True: "yes", False: "**no**", None: "-"}
-    lines = [["", "what", "found", "target", "met", "from"]]
+    lines = [["", "quantity", "result", "required", "met", "source"]]
     lines += [[str(r.number), r.what, r.found, r.target, words[r.met], r.how] for r in rows]
     return markdown_table(lines)
 

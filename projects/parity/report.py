@@ -25,22 +25,12 @@ from projects.parity.results import (
     tuned,
 )
 
-TOP_LEVEL = (
-    CONVENTIONAL,
-    "checkpointing",
-    "frozen",
-    "lora",
-    "hard-1",
-    "static-float",
-    "static-stored",
-    "alternating",
-    OURS,
-    "static-1/2",
-)
-"""The arms of the top-level page's table."""
-
-HEADER = ("", "learning rate", "AP", "beyond conventional", "AP50", "APs", "seeds")
+HEADER = ("", "learning rate", "AP", "vs. conventional", "AP50", "APs", "seeds")
 COST_HEADER = ("peak, MB", "step time", "gradient error, worst")
+
+TOP_LEVEL = (CONVENTIONAL, "checkpointing", OURS, "hard-1")
+TOP_LEVEL_HEADER = ("AP", "vs. conventional", "AP50", "peak, MB", "step time")
+"""The arms and the columns of the top-level page's table."""
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
@@ -83,15 +73,22 @@ def cost_cells(costs: dict[str, Any], name: str) -> list[str]:
     return [f"{found[name]['peak_bytes'] / 1e6:.0f}", f"{seconds / reference:.2f} x"]
 
 
-def arm_table(rows: Sequence[Row], costs: dict[str, Any], names: Iterable[str]) -> str:
-    """A row per arm: accuracy over seeds, memory, time, gradient error."""
+def arm_table(
+    rows: Sequence[Row],
+    costs: dict[str, Any],
+    names: Iterable[str],
+    columns: Iterable[str] = (*HEADER[1:], *COST_HEADER),
+) -> str:
+    """A row per arm: accuracy over seeds, memory, time, gradient error; or fewer columns."""
     reference = final_rows(rows, CONVENTIONAL)
-    lines = [[*HEADER, *COST_HEADER]]
+    header: tuple[str, ...] = (*HEADER, *COST_HEADER)
+    shown = [0, *map(header.index, columns)]
+    lines = [header]
     for name in names:
         found = final_rows(rows, name)
         cells = [*accuracy(found, reference), *cost_cells(costs, name), worst_error(found)]
-        lines.append([arms.EVERYTHING[name].label, *cells])
-    return markdown_table(lines)
+        lines.append((arms.EVERYTHING[name].label, *cells))
+    return markdown_table([[line[column] for column in shown] for line in lines])
 
 
 def accuracy_table(rows: Sequence[Row], shown: Iterable[tuple[str, str]], reference: str) -> str:
@@ -147,7 +144,8 @@ def tables(rows: Sequence[Row], costs: dict[str, Any]) -> dict[str, str]:
 
 def top_level(rows: Sequence[Row], costs: dict[str, Any]) -> str:
     """The table of the top-level page."""
-    return f"{arm_table(rows, costs, TOP_LEVEL)}\n\n{setting_line(rows, costs)}"
+    table = arm_table(rows, costs, TOP_LEVEL, TOP_LEVEL_HEADER)
+    return f"{table}\n\n{setting_line(rows, costs)}"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Fills the tables of README, and of the one on top, from raw results; draws experiment.png.
+"""Fills the tables of README here and of docs/small_objects.md from raw results; draws a picture.
 
 python -m projects.small_objects.report
 """
@@ -93,13 +93,13 @@ TABLES = {
 
 
 def headline() -> str:
-    """AP alone, for the project's README."""
+    """AP alone, for docs/small_objects.md."""
     runs = [[row["AP"] for row in read_results() if row["arm"] == arm] for arm in ARMS]
     return markdown_table([[*ARMS], [spread(values) for values in runs]])
 
 
 def main() -> None:
-    fill_page(HERE.parents[1] / "README.md", {"small objects": headline()})
+    fill_page(HERE.parents[1] / "docs" / "small_objects.md", {"small objects": headline()})
     fill_page(HERE / "README.md", {name: table() for name, table in TABLES.items()})
     draw(read_results(), HERE / "experiment.png")
 

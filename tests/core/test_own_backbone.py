@@ -14,7 +14,7 @@ from dr2net_d2.weights.plain_vit import plain_vit_state_dict
 from tests.core.stacks import relative_error, run, tokens
 
 
-# The example of README and docs/config.md.
+# The example of docs/own_network.md.
 def residual(block, x):
     """What a ConvNeXt block adds to its input."""
     return block.stochastic_depth(block.layer_scale * block.block(x))
