@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT, ReversibleSequence
 from dr2net_d2.core.checkpointed import checkpointed
-from dr2net_d2.core.fixed_point import StreamRange
+from dr2net_d2.core.stream_range import StreamRange
 
 Pairs = Callable[[float], tuple[float, float]]
 """progress in [0, 1] -> (alpha, beta)."""
@@ -104,7 +104,7 @@ class FixedBits(StreamRange):
         super().__init__()
         self.k = k
 
-    def exponent(self, dtype: torch.dtype) -> int:
+    def exponent(self, integer: torch.dtype) -> int:
         return self.k
 
 
