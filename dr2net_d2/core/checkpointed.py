@@ -1,4 +1,4 @@
-"""The opponent: a stack that is stored but for one of torch's checkpoints per block."""
+"""The alternative to compare with: a stack with one of torch's checkpoints per block."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from dr2net_d2.core.steps import Step
 
 
 def checkpointed(stack: ReversibleSequence, x: Tensor, preserve_rng_state: bool = False) -> Tensor:
-    """The stack in floating point, with one of torch's checkpoints per block.
+    """Run a stack in floating point, with one of torch's checkpoints per block.
 
-    Blocks that draw random numbers, as drop path does, need ``preserve_rng_state``.
+    Args:
+        stack: its coefficients, first state and output are used.
+        x: ``(..., C)``.
+        preserve_rng_state: needed by blocks that draw random numbers, as drop path does.
+
+    Returns:
+        h_n, of the shape of x.
     """
     h1 = x
     h2 = h1 if stack.first_state == "copy" else torch.zeros_like(h1)
     steps = stack.steps()
     size = len(steps) // len(stack)
     for start in range(0, len(steps), size):
-        # At beta 0 a block does not look at the older state, which then need not be stored.
+        # At beta 0 a block does not read the older stream, which then need not be stored.
         h1, h2 = checkpoint(
             partial(_block, steps[start : start + size]),
             h1,

@@ -1,4 +1,4 @@
-"""The dual-residual coupling of Dr2Net in floating point, and the precision its inversion loses.
+"""The dual-residual coupling of Dr2Net in floating point, and how its inverse loses precision.
 
 Zhao et al., "Dr2Net: Dynamic Reversible Dual-Residual Networks for Memory-Efficient Finetuning",
 CVPR 2024, arXiv 2401.04105, section 3. The paper carries (x_i, y_i) with y_i = beta * h_{i-1}; here
@@ -24,7 +24,7 @@ def couple(f: Tensor, h1: Tensor, h2: Tensor, alpha: float, beta: float) -> Tens
     Args:
         f: F_i(h_{i-1}), any floating dtype; the sum is formed in the dtype of ``h1``.
         h1: h_{i-1}.
-        h2: h_{i-2}.
+        h2: h_{i-2}; not read at beta = 0.
     """
     h = f.to(h1.dtype).add(h1, alpha=alpha)
     return h.add(h2, alpha=beta) if beta else h
@@ -37,12 +37,12 @@ def uncouple(h: Tensor, f: Tensor, h1: Tensor, alpha: float, beta: float) -> Ten
         ZeroDivisionError: at beta = 0, where h_{i-2} has left no trace in h_i.
     """
     if beta == 0:
-        raise ZeroDivisionError("beta is 0: h_{i-2} is not part of h_i and cannot be recovered")
+        raise ZeroDivisionError("beta is 0: h_i does not contain h_{i-2}; keep it instead")
     return h.sub(f.to(h1.dtype)).sub_(h1, alpha=alpha).div_(beta)
 
 
 def error_growth(alpha: float, beta: float) -> float:
-    """Factor by which a rounding error grows per inverted step, F's own Jacobian aside.
+    """Factor by which a rounding error grows per inverted step, without F's own Jacobian.
 
     The error of ``uncouple`` obeys ``beta * e_{i-2} + alpha * e_{i-1} - e_i = 0``; the factor is
     the largest root of ``beta r^2 + alpha r - 1 = 0``: 10.9 at (1, 0.1), 1 / beta at
@@ -54,7 +54,7 @@ def error_growth(alpha: float, beta: float) -> float:
 
 
 def stream_growth(alpha: float, beta: float) -> float:
-    """Factor by which the streams themselves can grow per step, F aside.
+    """Factor by which the streams can grow per step, without what F adds.
 
     The largest root of ``r^2 = alpha r + beta``: at most 1 for alpha + beta <= 1, 1.09 at (1, 0.1),
     1.62 at (1, 1).

@@ -1,4 +1,4 @@
-"""Memory of training, counted: bytes saved for backward, bytes of tensors, memory of a device."""
+"""Counting the memory of training: bytes saved for the backward, bytes of tensors, of a device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import resource
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass
 class SavedBytes:
-    """Bytes of the distinct storages that autograd saved, without the excluded ones."""
+    """Storages that autograd saved, without the excluded ones: address -> bytes."""
 
     storages: dict[int, int] = field(default_factory=dict)
 
@@ -30,14 +31,15 @@ class SavedBytes:
 
 @contextmanager
 def count_saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
-    """Count what a forward keeps for its backward; deterministic, on any device, real or fake.
+    """Count what autograd saves in the context; deterministic, on any device, real or fake.
 
     Args:
-        exclude: tensors that live anyway, such as parameters; views of them are not counted.
+        exclude: tensors that exist anyway, such as parameters; neither they nor views of them are
+            counted.
     """
     excluded = {tensor.untyped_storage()._cdata for tensor in exclude}
     counted = SavedBytes()
-    # Holds what was counted, so that no storage is freed and its address used again.
+    # Keeps the counted storages alive: the address of a freed one could be used again.
     held: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ def count_saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
         if storage._cdata not in excluded:
             counted.storages[storage._cdata] = storage.nbytes()
             held.append(tensor.detach())
-        # An op that saves its own result would refer to itself, and never be freed.
+        # The result of an op that saves it would otherwise refer to itself and never be freed.
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -53,16 +55,16 @@ def count_saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
 
 
 class LiveBytes:
-    """Bytes of the followed storages that live now, their highest sum, and what it consisted of.
+    """Bytes of the storages that are followed: now, at their peak, and by label.
 
     Args:
         lasting: labels that ``beyond`` leaves out.
 
     Attributes:
-        now, peak: bytes.
-        beyond: the highest sum of the storages under other labels than ``lasting``, in bytes; its
-            moment may be another one.
-        label: what storages are put under when they are created; see ``labelled``.
+        now, peak: in bytes.
+        beyond: peak, in bytes, of the storages whose labels are not ``lasting``; it may occur at
+            another moment than ``peak``.
+        label: given to new storages; see ``labelled``.
         parts: label -> bytes now.
         peak_parts: label -> bytes at the (first) peak; they sum to it.
     """
@@ -77,7 +79,7 @@ class LiveBytes:
 
     @contextmanager
     def labelled(self, label: str) -> Iterator[None]:
-        """Put what is created inside under a label; may be nested."""
+        """Give storages that are created in the context a label; may be nested."""
         outer, self.label = self.label, label
         try:
             yield
@@ -85,7 +87,7 @@ class LiveBytes:
             self.label = outer
 
     def assign(self, tensors: Iterable[Tensor], label: str) -> None:
-        """Put storages under a label from now on; ones that lived before are followed as well."""
+        """Give storages another label; those that existed before are followed from now on."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if (key := storage._cdata) in self._storages:
@@ -134,21 +136,44 @@ class LiveBytes:
         self.beyond = max(self.beyond, self.now - lasting)
 
 
+_counting: ContextVar[LiveBytes | None] = ContextVar("counting", default=None)
+
+
 @contextmanager
 def peak_tensor_bytes(lasting: Iterable[str] = ()) -> Iterator[LiveBytes]:
     """Follow every storage that an op creates until it is freed; deterministic, on any device.
 
-    A storage counts once, however many views it has; what lived before does not count unless it is
-    assigned to a label, nor does what ops allocate and free inside. Autograd's ops count as well.
-    Under ``FakeTensorMode``, to be entered first, it tells the peak of a computation without doing
-    it.
+    A storage counts once, however many views it has. What existed before does not count unless it
+    is assigned to a label, nor does what ops allocate and free inside. Autograd's ops count as
+    well. Under ``FakeTensorMode``, to be entered first, it gives the peak of a computation without
+    doing it.
 
     Args:
         lasting: see ``LiveBytes``.
     """
     live = LiveBytes(lasting)
-    with _StorageFollower(live):
-        yield live
+    token = _counting.set(live)
+    try:
+        with _StorageFollower(live):
+            yield live
+    finally:
+        _counting.reset(token)
+
+
+def labelled(label: str) -> AbstractContextManager[None]:
+    """``LiveBytes.labelled`` of the innermost ``peak_tensor_bytes``; nothing if there is none.
+
+    For code that knows what its tensors are. Autograd's thread for a GPU is not reached.
+    """
+    live = _counting.get()
+    return nullcontext() if live is None else live.labelled(label)
+
+
+def assign(tensors: Iterable[Tensor], label: str) -> None:
+    """``LiveBytes.assign`` of the innermost ``peak_tensor_bytes``; nothing if there is none."""
+    live = _counting.get()
+    if live is not None:
+        live.assign(tensors, label)
 
 
 class _StorageFollower(TorchDispatchMode):
@@ -160,9 +185,9 @@ class _StorageFollower(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
+        inputs = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
         for tensor in tensors_in(out):
-            if tensor.untyped_storage()._cdata in given:
+            if tensor.untyped_storage()._cdata in inputs:
                 self._live._seen(tensor)
             else:
                 self._live._created(tensor)
@@ -170,7 +195,7 @@ class _StorageFollower(TorchDispatchMode):
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors among the arguments or results of an op; a few times faster than a pytree's."""
+    """The tensors in the arguments or results of an op; several times faster than a pytree."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):
@@ -181,7 +206,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process so far: allocated on a CUDA device, resident on a CPU."""
+    """Peak memory of this process so far: allocated on a CUDA device, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Kilobytes on Linux, bytes on macOS.
@@ -190,19 +215,19 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def available_memory_bytes(device: torch.device) -> int:
-    """Bytes that this process can still allocate: free ones of a CUDA device, or of the machine.
+    """Bytes that this process can still allocate on a CUDA device, or on this machine.
 
     On Linux the limit of a container (cgroup v2) counts too.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch keeps cached is free for tensors.
+        # Torch's cache is free for tensors.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
-        # Free pages are not told by every system; half of all is a careful guess then.
-        told = "SC_AVPHYS_PAGES" in os.sysconf_names
-        name, share = ("SC_AVPHYS_PAGES", 1) if told else ("SC_PHYS_PAGES", 2)
+        # Not every system reports free pages; half of all pages is a careful guess.
+        reported = "SC_AVPHYS_PAGES" in os.sysconf_names
+        name, share = ("SC_AVPHYS_PAGES", 1) if reported else ("SC_PHYS_PAGES", 2)
         return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") // share
     lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024

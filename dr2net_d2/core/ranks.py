@@ -1,4 +1,4 @@
-"""Ranks whose forwards communicate, and which have to repeat a pass together."""
+"""Sharded parameters: ranks whose forwards communicate, and so must repeat a pass together."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.utils._pytree import tree_map
 
 
 def groups_of_shards(parameters: Iterable[nn.Parameter]) -> list[dist.ProcessGroup]:
-    """The process groups over which some parameters are sharded (FSDP2, tensor parallelism)."""
+    """The process groups that these parameters are sharded over (FSDP2, tensor parallelism)."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
     from torch.distributed.tensor import DTensor
 
-    # A dict keeps the order, which has to be that of the other ranks.
+    # A dict keeps the order, which must be the same on all ranks.
     meshes = dict.fromkeys(p.device_mesh for p in parameters if isinstance(p, DTensor))
     return [group for mesh in meshes for group in mesh.get_all_groups()]
 
 
 def largest(value: float, groups: list[dist.ProcessGroup], device: torch.device) -> float:
-    """The largest value of all ranks of the groups, infinite if one is nan."""
+    """The largest value on any rank of the groups; infinite if one is nan."""
     if not groups:
         return value
     value = math.inf if math.isnan(value) else value
@@ -35,12 +35,13 @@ def largest(value: float, groups: list[dist.ProcessGroup], device: torch.device)
 
 
 def whole(tree: Any, keep: bool = True) -> Any:
-    """A tree of containers with its shards (DTensors) made whole, on the CPU.
+    """A tree of containers with every sharded tensor (DTensor) gathered on the CPU.
 
-    Ranks gather one tensor after the other, so all of them have to call.
+    Ranks gather one tensor after another, so every rank must call this.
 
     Args:
-        keep: False leaves None in their places, on a rank that only takes part.
+        tree: nested dicts, lists and tuples.
+        keep: False leaves None in place of the gathered tensors, on a rank that does not need them.
     """
 
     def gathered(leaf: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Running a residual function again exactly as it ran before.
+"""Calling a residual function again exactly as it was called before.
 
-What a function depends on besides its input: random generators, its buffers, the autocast state.
+Besides its input, a function depends on random generators, its buffers and the autocast state.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def has_values(tensor: Tensor) -> bool:
-    """False for fake and meta tensors, which carry shapes alone: there is nothing to check."""
+    """False for fake and meta tensors, which have a shape but no data."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def rng_state(device: torch.device) -> tuple[Tensor, ...]:
     """States of the generators that a function on ``device`` draws from.
 
-    Under FakeTensorMode, where nothing is drawn, there are none.
+    Empty under FakeTensorMode, where nothing is drawn.
     """
     if detect_fake_mode() is not None:
         return ()
@@ -32,6 +32,7 @@ def rng_state(device: torch.device) -> tuple[Tensor, ...]:
 
 
 def set_rng_state(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Set the generators to what ``rng_state`` returned."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
@@ -41,10 +42,10 @@ class Surroundings:
     """The random generators of a device and some buffers, as they were at one moment.
 
     Args:
-        device: whose generators.
-        rng: their states, or empty to leave the generators alone.
+        device: the one whose generators are meant.
+        rng: states of the generators; empty to leave them alone.
         buffers: tensors that a function may change in place.
-        values: what they held.
+        values: copies of the buffers, one for each.
     """
 
     def __init__(
@@ -62,10 +63,23 @@ class Surroundings:
 
     @classmethod
     def now(cls, device: torch.device, buffers: Sequence[Tensor]) -> Surroundings:
+        """A copy of the present state."""
         return cls(device, rng_state(device), buffers, [buffer.clone() for buffer in buffers])
 
+    @classmethod
+    def of_tensors(
+        cls, device: torch.device, buffers: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> Surroundings:
+        """The inverse of ``tensors``."""
+        states = len(tensors) - len(buffers)
+        return cls(device, tensors[:states], buffers, tensors[states:])
+
+    def tensors(self) -> list[Tensor]:
+        """States of the generators and values of the buffers, to be saved for a backward."""
+        return [*self.rng, *self.values]
+
     def changed(self) -> Surroundings:
-        """Generators and buffers if they have moved; no device is waited for."""
+        """Those of the generators and buffers that have changed since; does not wait for a GPU."""
         drew = not all(map(torch.equal, self.rng, rng_state(self._device)))
         # All buffers or none: batch_norm writes its statistics past the version counter.
         moved = [buffer._version for buffer in self.buffers] != self._versions
@@ -77,6 +91,7 @@ class Surroundings:
         )
 
     def restore(self) -> None:
+        """Set generators and buffers back."""
         if self.rng:
             set_rng_state(self._device, self.rng)
         with torch.no_grad():
@@ -85,7 +100,7 @@ class Surroundings:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Run in these surroundings inside, and leave everything as it was before."""
+        """A context in which these surroundings hold; afterwards everything is as it was before."""
         if not (self.rng or self.buffers):
             yield
             return
@@ -117,5 +132,5 @@ class AutocastState:
 
 
 def _autocasts(device: torch.device) -> bool:
-    # Meta tensors know no autocast.
+    # There is no autocast for meta tensors.
     return device.type != "meta" and torch.is_autocast_enabled(device.type)

@@ -1,4 +1,4 @@
-"""A stack of residual functions whose activations are rebuilt in the backward, not stored.
+"""A stack of residual functions whose activations are recomputed in the backward, not stored.
 
 forward   h_i     = F_i(h_{i-1}) + alpha * h_{i-1} + beta * h_{i-2}      i = 1 ... n
 inverse   h_{i-2} = (h_i - F_i(h_{i-1}) - alpha * h_{i-1}) / beta
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from dr2net_d2.core.coefficients import Coefficients
 from dr2net_d2.core.coupling import couple, error_growth, stream_growth
-from dr2net_d2.core.fixed_point import FixedPointStream, FloatStream, StreamRange, extra_bits
+from dr2net_d2.core.passes import Begin, Couple, Forward
 from dr2net_d2.core.ranks import groups_of_shards, largest
 from dr2net_d2.core.replay import AutocastState, Surroundings, has_values
 from dr2net_d2.core.schedule import BETA_GRID
-from dr2net_d2.core.steps import Begin, Couple, Pass, Step
+from dr2net_d2.core.steps import Step
+from dr2net_d2.core.stream_range import StreamRange, bits_for_growth
+from dr2net_d2.core.streams import INTEGER_TYPES, FixedPointStream, FloatStream, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ STREAM_DTYPES = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
 }
-GROWTH_TO_WARN_OF = 100
+MAX_GROWTH = 100
+"""Of the streams over a whole stack; more is warned of."""
 
 
 class ReversibleSequence(nn.Module):
@@ -46,24 +49,25 @@ class ReversibleSequence(nn.Module):
     Args:
         functions: modules computing F(h) without the shortcut, ``(..., C) -> (..., C)``. A module
             with an attribute ``branches = n`` gives n steps, called as ``module(h, branch=j)``; a
-            ViT block gives two. Their values must follow from the input, torch's random state and
-            their buffers; buffers that a call changes, as BatchNorm's statistics, change once.
-            Blocks that add their shortcuts themselves need ``residuals``.
+            ViT block gives two. Their values may depend on the input, torch's random state and
+            their buffers, on nothing else. Buffers that a call updates, such as BatchNorm's
+            statistics, are updated once. Blocks that add their shortcuts themselves need
+            ``residuals``.
         coefficients: one pair for all, or one per function; read at each forward.
         reversible: False runs the same arithmetic under plain autograd, storing everything.
         arithmetic: "exact", fixed-point streams, inverted bit for bit; or "float", the literature's
             way, whose reconstruction error grows per step by ``coupling.error_growth``.
         first_state: h_{-1}: "copy" of h_0, or "zero".
         output: the "last" stream, or the "mean" of the last two.
-        residuals: what a block adds to its input, in order: functions ``(block, h) -> F(h)`` that
-            call the block's modules. Each is one step. The block itself is not called, so its own
-            hooks do not fire; those of its modules do.
-        adopt: register the functions as children 0, 1 ... . False leaves them to the module whose
-            children they are, so that its parameters keep their names.
+        residuals: functions ``(block, h) -> F(h)`` that call the modules of a block, in order; each
+            gives what the block adds to its input there, and is one step. The block itself is not
+            called, so its own hooks do not fire; those of its modules do.
+        adopt: register the functions as children 0, 1 ... . False leaves them children of another
+            module, whose parameters so keep their names.
 
-    Any residual network is converted by putting its blocks in here, a stage at a time. A stack
-    that takes the place of their container has the same keys in the state dict, and at (1, 0),
-    where a new ``Coefficients()`` starts, it computes the same:
+    Any residual network can be converted by passing its blocks, one stage at a time. A stack that
+    replaces their container has the same keys in the state dict, and computes the same as long as
+    the coefficients are (1, 0), those of a new ``Coefficients()``:
 
         def residual(block, x):
             return block.stochastic_depth(block.layer_scale * block.block(x))
@@ -79,12 +83,17 @@ class ReversibleSequence(nn.Module):
     forward and once more when the function is recomputed, backward hooks once.
 
     Shape: x ``(..., C)``, any floating dtype -> h_n of the same shape and dtype. The streams are
-    float64 for float64, else float32. Without gradients the stack runs in floating point; it agrees
-    with the exact streams to 2^-k.
+    float64 for a float64 input, else float32. Without gradients the stack runs in floating point,
+    which agrees with the exact streams to 2^-k.
+
+    Raises:
+        TypeError: the input is not of a floating dtype.
+        FloatingPointError: a stream is nan or infinite.
+        OverflowError: a function gives larger values each time it is called.
 
     Warns:
-        UserWarning: once, if alpha + beta > 1 lets the streams grow beyond ``GROWTH_TO_WARN_OF``;
-            and in float arithmetic, if the inversion is too inexact for a gradient.
+        UserWarning: once, if alpha + beta > 1 lets the streams grow more than ``MAX_GROWTH`` times;
+            or, in float arithmetic, if the inversion is too inexact for a gradient.
     """
 
     def __init__(
@@ -130,8 +139,8 @@ class ReversibleSequence(nn.Module):
 
     @property
     def fraction_bits(self) -> int:
-        """Fractional bits of the last float32 stream in the next pass; follows the running peak."""
-        return self.stream_range.exponent(torch.float32)
+        """Fractional bits of the last 32-bit stream in the next pass; follows the running peak."""
+        return self.stream_range.exponent(torch.int32)
 
     def __len__(self) -> int:
         return self._length
@@ -157,7 +166,7 @@ class ReversibleSequence(nn.Module):
     def _residual_functions(
         self, module: nn.Module
     ) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-        """The steps that a module gives, each with what tells it from the others in messages."""
+        """The steps of a module, each with a suffix for its name in messages."""
         if self.residuals:
             return [
                 (f", {getattr(residual, '__name__', residual)}", partial(residual, module))
@@ -174,69 +183,92 @@ class ReversibleSequence(nn.Module):
         steps = self.steps()
         if not torch.is_grad_enabled() or not x.numel():
             return self._plain(x, steps)
-        self._warn_of_growth(x.dtype, steps)
+        self._warn_once(x.dtype, steps)
         if self.arithmetic == "float" and not self.reversible:
             return self._plain(x, steps)
         return self._train(x, steps)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _train(self, x: Tensor, steps: list[Step]) -> Tensor:
-        stream_dtype = STREAM_DTYPES[x.dtype]
         if self.arithmetic == "float":
-            return self._run(x, steps, FloatStream(stream_dtype))
+            return self._run(x, steps, FloatStream(STREAM_DTYPES[x.dtype]))
         before = _surroundings(x, steps)
         groups = groups_of_shards(chain.from_iterable(module.parameters() for module in self))
-        extra = extra_bits(_growths(steps))
-        if has_values(x):
-            self.stream_range.follow(extra[0])
-            if not self.stream_range.measured:
-                self._measure(x, steps, extra, groups)
-        for _ in range(2):
-            exponent = self.stream_range.exponent(stream_dtype)
-            stream = FixedPointStream(exponent, stream_dtype, extra)
-            out = self._run(x, steps, stream)
-            if not has_values(x):
-                return out
-            peak = largest(stream.peak(), groups, x.device)
-            if not stream.overflowed(peak):
-                self.stream_range.widen(peak)
-                return out
+        offsets = bits_for_growth(_growths(steps))
+        if not has_values(x):
+            return self._run(x, steps, self._fixed_point(x, offsets))
+        self.stream_range.follow(offsets[0])
+        if not self.stream_range.measured:
+            self._measure(x, steps, offsets, groups)
+        stream = self._fixed_point(x, offsets)
+        out, peak = self._attempt(x, steps, stream, groups)
+        if out is None:
             self.overflows += 1
             before.restore()
-            self._measure(x, steps, extra, groups)
+            self._measure(x, steps, offsets, groups)
+            bits, stream = stream.exponent, self._fixed_point(x, offsets)
             logger.warning(
-                "residual streams outgrew 2^%d fractional bits; the pass is repeated with 2^%d "
-                "(%d such passes so far)",
+                "the residual streams outgrew %d fractional bits; the pass is repeated with %d "
+                "(passes repeated so far: %d)",
+                bits,
                 stream.exponent,
-                self.stream_range.exponent(stream_dtype),
                 self.overflows,
             )
-        raise OverflowError(f"the residual streams overflow even at a measured peak of {peak}")
+            out, peak = self._attempt(x, steps, stream, groups)
+        if out is None:
+            raise OverflowError(
+                f"the residual streams were measured to peak at {self.stream_range.largest:g}, but "
+                f"reached {peak:g} when the pass was repeated; the functions must give the same "
+                "values each time they are called"
+            )
+        return out
 
-    def _run(self, x: Tensor, steps: list[Step], stream: FixedPointStream | FloatStream) -> Tensor:
-        run = Pass(steps, stream, x.device, _inner_dtype(x))
-        h1: Tensor = Begin.apply(run, self.first_state, x.to(stream.dtype))
+    def _fixed_point(self, x: Tensor, offsets: list[int]) -> FixedPointStream:
+        """The arithmetic of the next pass over x, with as many bits as its range allows."""
+        dtype = STREAM_DTYPES[x.dtype]
+        return FixedPointStream(self.stream_range.exponent(INTEGER_TYPES[dtype]), dtype, offsets)
+
+    def _attempt(
+        self,
+        x: Tensor,
+        steps: list[Step],
+        stream: FixedPointStream,
+        groups: list[dist.ProcessGroup],
+    ) -> tuple[Tensor | None, float]:
+        """The output, None if the streams overflow, and their peak on all ranks of the groups."""
+        out = self._run(x, steps, stream)
+        peak = largest(stream.peak(), groups, x.device)
+        if stream.overflowed(peak):
+            return None, peak
+        self.stream_range.widen(peak)
+        return out, peak
+
+    def _run(self, x: Tensor, steps: list[Step], stream: Stream) -> Tensor:
+        """A pass with gradients, in a stream's arithmetic."""
+        forward = Forward(steps, stream, x.device, _inner_dtype(x))
+        h1: Tensor = Begin.apply(forward, self.first_state, x.to(stream.dtype))
         h2 = h1 if self.first_state == "copy" else None
         for index, step in enumerate(steps):
             if self.reversible:
-                f, surroundings = run.evaluate(index, h1)
+                f, surroundings = forward.evaluate(index, h1)
             else:
-                f, surroundings = step(h1.to(run.inner_dtype)), None
-            h = Couple.apply(run, index, surroundings, f, h1, h2)
+                f, surroundings = step(h1.to(forward.inner_dtype)), None
+            h = Couple.apply(forward, index, surroundings, f, h1, h2)
             h1, h2 = h, h1
-        run.states = None
+        forward.states = None
         return self._output(h1, h2).to(x.dtype)
 
     def _plain(
-        self, x: Tensor, steps: list[Step], observe: Callable[[str, Tensor], None] | None = None
+        self, x: Tensor, steps: list[Step], observe: Callable[[int, Tensor], None] | None = None
     ) -> Tensor:
+        """A pass in floating point; ``observe`` is called with i and h_i after each step."""
         h1, inner_dtype = x.to(STREAM_DTYPES[x.dtype]), _inner_dtype(x)
         h2 = h1 if self.first_state == "copy" else torch.zeros_like(h1)
-        for step in steps:
+        for i, step in enumerate(steps, 1):
             h = couple(step(h1.to(inner_dtype)), h1, h2, step.alpha, step.beta)
             h1, h2 = h, h1
             if observe is not None:
-                observe(step.name, h)
+                observe(i, h)
         return self._output(h1, h2).to(x.dtype)
 
     def _output(self, h1: Tensor, h2: Tensor | None) -> Tensor:
@@ -247,34 +279,37 @@ class ReversibleSequence(nn.Module):
 
     @torch.no_grad()
     def _measure(
-        self, x: Tensor, steps: list[Step], extra: list[int], groups: list[dist.ProcessGroup]
+        self, x: Tensor, steps: list[Step], offsets: list[int], groups: list[dist.ProcessGroup]
     ) -> None:
-        """Widen the range to the peak of a floating-point pass over ``x``.
+        """Widen the range to the peak of a floating-point pass over x.
 
-        The pass draws what the next one will draw, and leaves generators and buffers as they are.
+        The pass draws the random numbers that the next one will draw, and leaves generators and
+        buffers as they are.
+
+        Raises:
+            FloatingPointError: a stream is not finite; names the step.
         """
 
-        bits = iter(extra)
-
-        def observe(name: str, h: Tensor) -> None:
-            peak = float(h.abs().amax()) * 2.0 ** next(bits)
+        def observe(i: int, h: Tensor) -> None:
+            peak = float(h.abs().amax()) * 2.0 ** offsets[i]
             if not peak < float("inf"):
                 raise FloatingPointError(
-                    f"the residual stream after {name} has a peak of {peak}: the input or the "
-                    "weights are not finite, or training has diverged"
+                    f"the residual stream after {steps[i - 1].name if i else 'the input'} has a "
+                    f"peak of {peak}: the input or the weights are not finite, or training has "
+                    "diverged"
                 )
             self.stream_range.widen(peak)
 
-        observe("the input", x)
+        observe(0, x)
         with _surroundings(x, steps).replayed(), AutocastState(x.device)():
             self._plain(x, steps, observe)
         self.stream_range.widen(largest(self.stream_range.largest, groups, x.device))
 
-    def _warn_of_growth(self, dtype: torch.dtype, steps: list[Step]) -> None:
+    def _warn_once(self, dtype: torch.dtype, steps: list[Step]) -> None:
         if self._warned:
             return
         growth = math.prod(_growths(steps))
-        if growth > GROWTH_TO_WARN_OF:
+        if growth > MAX_GROWTH:
             self._warned = True
             warnings.warn(
                 f"alpha + beta > 1 lets the streams grow {growth:.3g}x over {len(steps)} steps; "
@@ -283,7 +318,7 @@ class ReversibleSequence(nn.Module):
             )
         if self.arithmetic == "exact" or not self.reversible:
             return
-        # A state that is kept whole, at beta 0, starts afresh.
+        # At beta 0 the state is kept, and its error starts again at 0.
         growths = [error_growth(step.alpha, step.beta) for step in steps if step.beta]
         error = torch.finfo(dtype).eps * math.prod(growths)
         if error > 1e-3:
@@ -311,7 +346,7 @@ def _growths(steps: list[Step]) -> list[float]:
 
 
 def _inner_dtype(x: Tensor) -> torch.dtype:
-    """What the functions are called with: x's dtype, but autocast makes its own of float32."""
+    """The dtype that functions are called with: that of x, or of the streams under autocast."""
     return STREAM_DTYPES[x.dtype] if AutocastState(x.device).enabled else x.dtype
 
 

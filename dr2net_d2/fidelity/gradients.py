@@ -24,7 +24,6 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
 from dr2net_d2.core.checkpointed import checkpointed
-from dr2net_d2.core.fixed_point import StreamRange
 from dr2net_d2.core.memory import (
     LiveBytes,
     available_memory_bytes,
@@ -32,6 +31,7 @@ from dr2net_d2.core.memory import (
     peak_tensor_bytes,
 )
 from dr2net_d2.core.replay import has_values
+from dr2net_d2.core.stream_range import StreamRange
 
 logger = logging.getLogger(__name__)
 

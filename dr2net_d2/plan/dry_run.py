@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
-from unittest import mock
 
 import torch
 from fvcore.common.config import CfgNode
@@ -26,7 +25,6 @@ from dr2net_d2.core import reversible_stacks
 from dr2net_d2.core.attention import Attention
 from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.checkpointed import checkpointed
-from dr2net_d2.core.fixed_point import FixedPointStream, FloatStream
 from dr2net_d2.core.memory import LiveBytes, count_saved_bytes, peak_tensor_bytes, tensors_in
 from dr2net_d2.plan.simulation import CudaAutocast, DefiniteSizes, differentiate, parameters_on_meta
 from dr2net_d2.training import build_optimizer
@@ -128,7 +126,7 @@ class DryRun:
 
     def iterate(self, image_size: int, batch_size: int, objects: int) -> LiveBytes:
         """The storages of one iteration, under labels of ``PARTS``."""
-        with self._on_gpu(), peak_tensor_bytes(LASTING) as live, _labelled_streams(live):
+        with self._on_gpu(), peak_tensor_bytes(LASTING) as live:
             self._live = live
             live.label = "other"
             live.assign(self._model.parameters(), "parameters")
@@ -225,24 +223,3 @@ def _arrange(vit: Any, arm: str) -> None:
 
 def _checkpoint(function: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-@contextmanager
-def _labelled_streams(live: LiveBytes) -> Iterator[None]:
-    """Label what the arithmetics of the streams create, and the remainders that they keep."""
-
-    def labelled(function: Callable[..., Any]) -> Callable[..., Any]:
-        def inner(*args: Any, **kwargs: Any) -> Any:
-            with live.labelled("streams"):
-                out = function(*args, **kwargs)
-            live.assign((t for t in tensors_in(out) if t.dtype == torch.uint8), "remainder bits")
-            return out
-
-        return inner
-
-    with ExitStack() as stack:
-        for arithmetic in (FixedPointStream, FloatStream):
-            for name, function in vars(arithmetic).items():
-                if callable(function) and not name.startswith("_"):
-                    stack.enter_context(mock.patch.object(arithmetic, name, labelled(function)))
-        yield

@@ -19,7 +19,7 @@ from fvcore.common.config import CfgNode
 
 from dr2net_d2.config import coefficient_schedule
 from dr2net_d2.core.coupling import stream_growth
-from dr2net_d2.core.fixed_point import extra_bits
+from dr2net_d2.core.stream_range import bits_for_growth
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.plan.dry_run import ARMS, ENGINES, PARTS, DryRun
 
@@ -234,7 +234,7 @@ def costliest(cfg: CfgNode) -> tuple[float, float]:
         if not exact:
             return 0
         # Each step keeps its share of beta's, and what the scales of its ends differ by.
-        k = extra_bits([stream_growth(alpha, beta)] * steps)
+        k = bits_for_growth([stream_growth(alpha, beta)] * steps)
         shares = Fraction(beta).denominator.bit_length() - 1
         return shares * steps + sum(k[max(i - 2, 0)] - k[i] for i in range(1, steps + 1))
 

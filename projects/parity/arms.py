@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT, ReversibleSequence
 from dr2net_d2.core.checkpointed import checkpointed
-from dr2net_d2.core.fixed_point import StreamRange
+from dr2net_d2.core.stream_range import StreamRange
 from projects.parity.photo_shapes import OUTLINES
 
 Pairs = Callable[[float], tuple[float, float]]
@@ -104,7 +104,7 @@ class FixedBits(StreamRange):
         super().__init__()
         self.k = k
 
-    def exponent(self, dtype: torch.dtype) -> int:
+    def exponent(self, integer: torch.dtype) -> int:
         return self.k
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from dr2net_d2.core import Coefficients, ReversibleSequence
-from dr2net_d2.core.fixed_point import FixedPointStream
+from dr2net_d2.core.streams import FixedPointStream
 
 BETAS = [m / 16 for m in range(1, 17)]
 

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from dr2net_d2.core import Coefficients, ReversibleSequence
-from dr2net_d2.core.fixed_point import FixedPointStream
 from dr2net_d2.core.memory import count_saved_bytes
+from dr2net_d2.core.streams import FixedPointStream
 from tests.core.stacks import mlp, relative_error, run, stack, tokens
 from tests.core.test_vit import small_vit
 

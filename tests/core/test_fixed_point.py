@@ -5,14 +5,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from dr2net_d2.core.fixed_point import (
-    FixedPointStream,
-    FloatStream,
-    StreamRange,
-    extra_bits,
-    pack_bits,
-    unpack_bits,
-)
+from dr2net_d2.core.fixed_point import pack_bits, unpack_bits
+from dr2net_d2.core.stream_range import StreamRange, bits_for_growth
+from dr2net_d2.core.streams import FixedPointStream, FloatStream
 
 GRID = [m / 16 for m in range(17)]
 
@@ -90,23 +85,23 @@ def test_peak_and_overflow_are_seen():
 
 
 @pytest.mark.parametrize(
-    ("peak", "dtype", "exponent"),
+    ("peak", "integer", "exponent"),
     # 8 * peak * 2^k <= 2^31 (2^63): 31 - 3 - log2(peak), rounded down.
-    [(1.0, torch.float32, 28), (16.0, torch.float32, 24), (17.0, torch.float32, 23),
-     (1.0, torch.float64, 60)],
+    [(1.0, torch.int32, 28), (16.0, torch.int32, 24), (17.0, torch.int32, 23),
+     (1.0, torch.int64, 60)],
 )  # fmt: skip
-def test_exponent_keeps_eightfold_headroom(peak, dtype, exponent):
+def test_exponent_keeps_eightfold_headroom(peak, integer, exponent):
     stream_range = StreamRange()
     assert not stream_range.measured
     stream_range.widen(peak)
     stream_range.widen(peak / 2)
-    assert stream_range.measured and stream_range.exponent(dtype) == exponent
+    assert stream_range.measured and stream_range.exponent(integer) == exponent
 
 
 def test_streams_that_grow_have_more_bits_where_they_are_small():
-    assert extra_bits([1.0] * 3) == extra_bits([0.5, 1.0, 1.4]) == [0, 0, 0, 0]
+    assert bits_for_growth([1.0] * 3) == bits_for_growth([0.5, 1.0, 1.4]) == [0, 0, 0, 0]
     # 1.5, 2.25, 3.4, 5.1, 7.6 and 11.4 fold growth until the end: 3 doublings, one of them spare.
-    assert extra_bits([1.5] * 6) == [2, 1, 1, 0, 0, 0, 0]
+    assert bits_for_growth([1.5] * 6) == [2, 1, 1, 0, 0, 0, 0]
     stream = FixedPointStream(4, torch.float32, [3, 2, 0])
     state = stream.encode(torch.tensor([0.75]))
     assert state.item() == 96 and stream.decode(0, state).item() == 0.75
