@@ -10,7 +10,7 @@ from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.memory import count_saved_bytes, peak_tensor_bytes
 from dr2net_d2.d2 import build_detector
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.plan.planner import ARMS, Planner, predict
+from dr2net_d2.plan import ARMS, Planner, predict
 from dr2net_d2.training.optimizer import build_optimizer
 from tests.d2 import tiny
 
@@ -86,7 +86,7 @@ def test_all_arms_under_autocast_and_with_polygons(tmp_path):
     cfg = tiny.tiny_cfg(tmp_path, *MASKS, *polygons)
     before = cfg.dump()
     found = {arm: predict(cfg, arm, 128) for arm in ARMS}
-    assert found["stock"].saved > 3 * max(found[arm].saved for arm in ARMS[1:])
+    assert found["stock"].saved > 3 * max(found[arm].saved for arm in ARMS if arm != "stock")
     for prediction in found.values():
         assert sum(prediction.parts.values()) == prediction.peak
         assert prediction.parts["heads"] > 0

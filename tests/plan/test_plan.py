@@ -16,17 +16,13 @@ from dr2net_d2.core import attention_kernels
 from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.memory import count_saved_bytes, peak_tensor_bytes
 from dr2net_d2.errors import ConfigError
+from dr2net_d2.plan import ARMS, Planner, Prediction, comparison, dry_run, predict
 from dr2net_d2.plan import __main__ as plan
-from dr2net_d2.plan import dry_run
+from dr2net_d2.plan.dry_run import PARTS
 from dr2net_d2.plan.planner import (
-    ARMS,
-    PARTS,
-    Planner,
-    Prediction,
     costliest,
     largest_fitting,
     pairs_of_schedule,
-    predict,
     training_side,
 )
 from dr2net_d2.plan.simulation import CudaAutocast
@@ -110,7 +106,8 @@ def test_a_real_iteration_takes_what_is_predicted():
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
-    prediction = predict(cfg, "dr2net", 128, 2, 20, (0.5, 0.5), engine="torchvision")
+    options = {"objects": 20, "coefficients": (0.5, 0.5), "engine": "torchvision"}
+    prediction = predict(cfg, "dr2net", 128, 2, **options)
     assert prediction.saved == pytest.approx(saved.total, rel=0.001)
     assert prediction.beyond == pytest.approx(live.beyond, rel=0.05)
 
@@ -199,9 +196,9 @@ def test_the_pair_of_the_schedule_that_keeps_most():
 
 
 @pytest.mark.parametrize("power", [1, 2, 4])
-@pytest.mark.parametrize("known", [1, 16, 100])
+@pytest.mark.parametrize("first", [1, 16, 100])
 @pytest.mark.parametrize("assumed", [1, 2])
-def test_the_search_finds_the_edge(power, known, assumed):
+def test_the_search_finds_the_edge(power, first, assumed):
     for edge in (0, 1, 2, 15, 16, 17, 63, 99, 100):
         looks = []
 
@@ -210,7 +207,7 @@ def test_the_search_finds_the_edge(power, known, assumed):
             return 1000 + 7 * n**power
 
         budget = 1000 + 7 * edge**power + (3 if edge else -1)
-        assert largest_fitting(peak, budget, 100, assumed, known) == edge
+        assert largest_fitting(peak, budget, maximum=100, power=assumed, first=first) == edge
         assert len(looks) == len(set(looks)) <= 15
         if 0 < edge < 100:
             assert {edge, edge + 1} <= set(looks)
@@ -231,8 +228,8 @@ def test_cuda_autocast_in_float32_and_only_within_autocast():
 
 def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(plan, "ARMS", ("stock", "dr2net"))
-    monkeypatch.setattr(plan, "LONGEST_SIDE", 192)
-    monkeypatch.setattr(plan, "LARGEST_BATCH", 2)
+    monkeypatch.setattr(comparison, "LONGEST_SIDE", 192)
+    monkeypatch.setattr(comparison, "LARGEST_BATCH", 2)
     words = ["MODEL.DR2NET.SCHEDULE.UPDATES", "2"]
     parameters = sum(p.nbytes for p in build_model(small()).parameters())
     budget = (4 * parameters + 16 * 2**20) / 2**30
@@ -291,8 +288,8 @@ def test_the_command_on_tiles(monkeypatch, capsys):
     results = json.loads(Path("out/plan.json").read_text())
     assert (results["setting"]["tile_size"], results["setting"]["image_size"]) == (200, 64)
     out = capsys.readouterr().out
-    assert "200 px tiles, which come into the network with 64 px" in out
-    assert "Of whole images, dr2net fits 2496 px into 24 GB" in out
+    assert "200 px tiles, which enter the network at 64 px" in out
+    assert "With whole images, dr2net fits 2496 px into 24 GB" in out
 
 
 @pytest.mark.parametrize(
