@@ -176,7 +176,7 @@ def test_the_coefficients_that_a_training_passes_through():
     convex = CoefficientSchedule()
     assert gradients.schedule_pairs(convex, 1000)[0] == (15 / 16, 1 / 16)
     assert gradients.schedule_pairs(convex, 1000)[-1] == (1 / 2, 1 / 2)
-    thinned = gradients.schedule_pairs(convex, 1000, most=4)
+    thinned = gradients.schedule_pairs(convex, 1000, maximum=4)
     assert [beta for _, beta in thinned] == [1 / 16, 3 / 16, 6 / 16, 8 / 16]
     assert gradients.schedule_pairs(CoefficientSchedule("constant"), 10) == [(0.5, 0.5)]
     alternating = CoefficientSchedule("alternating", updates=10)
