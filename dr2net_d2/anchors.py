@@ -100,11 +100,10 @@ def training_objects(cfg: CfgNode, records: Sequence[CocoRecord], divisor: int) 
 
 def _resizing(cfg: CfgNode, image: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
     """The factor that an image (width, height) is resized by, and the side of the square crop."""
-    if cfg.INPUT.LSJ.ENABLED:
-        lsj = cfg.INPUT.LSJ
+    lsj, sizes = cfg.INPUT.LSJ, cfg.INPUT.MIN_SIZE_TRAIN
+    if lsj.ENABLED:
         factor = rng.uniform(lsj.MIN_SCALE, lsj.MAX_SCALE)
         return factor * lsj.IMAGE_SIZE / image.max(), lsj.IMAGE_SIZE
-    sizes = cfg.INPUT.MIN_SIZE_TRAIN
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
         shortest = int(rng.integers(sizes[0], sizes[1] + 1))
     else:

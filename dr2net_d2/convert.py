@@ -10,8 +10,8 @@ this project. OUT ends with .pth, .pkl (as in Detectron2's model zoo) or .safete
 is replaced once the new one is complete.
 
 A plain ViT gets Detectron2's keys, with LayerScale folded in, and its MODEL.VIT section is printed.
-With --config-file it is fitted to the ViT of that config: position tables and patch size are
-resized. KEY VALUE overrides single keys, of the config or of the section read from the weights.
+With --config-file it is fitted to the ViT of that config: its position tables and patch embedding
+are resized. KEY VALUE overrides single keys, of the config or of the section read from the weights.
 
 A detector loses its optimizer and the rest of the training's state; its heads keep the names of the
 engine that trained them. Coefficients (alpha, beta) other than (1, 0) stay in the file; at (1, 0)
@@ -123,7 +123,7 @@ def convert(
 
 def _vit_overrides(state: dict[str, Tensor]) -> list[str]:
     """KEY VALUE words for the section MODEL.VIT of the network that the weights come from."""
-    # Weights that show no windows fit any; without windows there are none to leave out.
+    # Without relative positions the weights do not tell which blocks have windows: any would fit.
     values = {"window_block_indexes": [], **describe_vit(state)}
     del values["in_chans"]
     words = [(f"MODEL.VIT.{name.upper()}", str(value)) for name, value in values.items()]
