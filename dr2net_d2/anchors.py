@@ -1,19 +1,20 @@
-"""Do the anchors of a config fit its objects, and which would? From the training set's boxes.
+"""Do a config's anchors fit the objects of its training set, and which anchors would?
 
     python -m dr2net_d2.anchors --config-file configs/quickstart.yaml
     python -m dr2net_d2.anchors --config-file F --output F_anchors.yaml DATASETS.TRAIN "('my_set',)"
 
-It puts the boxes at the scale that they are trained at (INPUT.MIN_SIZE_TRAIN, LSJ, TILES),
-clusters their sizes and aspect ratios with 1 - IoU as distance, and compares the anchors of the
-config with those that come out, on the grid of locations that they lie on. For a detector with an
-RPN and for RetinaNet; FCOS has no anchors. Prints a table and the YAML; --output writes a config
-that is the given one with these anchors, and with the overrides that they were found for.
+Scales the boxes as the training does (INPUT.MIN_SIZE_TRAIN, LSJ, TILES), clusters their sizes and
+aspect ratios with 1 - IoU as the distance, and compares the config's anchors with the new ones,
+each on the grid of its locations. Works for detectors with an RPN and for RetinaNet; FCOS has no
+anchors. Prints a table and the new keys as YAML. --output writes a config that is based on the
+given one and adds the overrides of the command line and the new anchors.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import re
 import sys
@@ -35,8 +36,8 @@ from dr2net_d2.errors import ConfigError, run_command
 logger = logging.getLogger(__name__)
 
 _SECTION = "MODEL.ANCHOR_GENERATOR"
-_EDGES = (0, 8, 16, 32, 64, 128, np.inf)  # px
-_ENOUGH = 10_000  # objects, where each image has another scale every time
+_EDGES = (0, 8, 16, 32, 64, 128, np.inf)  # of the sizes in the table, in pixels
+_ENOUGH_OBJECTS = 10_000  # to draw where the scale of an image is random
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,41 +47,43 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--{name}",
             type=int,
             metavar="N",
-            help=f"{name} per level; unless given, what keeps the number of anchors per location",
+            help=f"{name} per level, default: as many as keep the number of anchors per location",
         )
-    parser.add_argument("--output", metavar="FILE", help="the config to write, .yaml")
+    parser.add_argument("--output", metavar="FILE", help="the config to write, a YAML file")
     return parser.parse_args(argv)
 
 
 def training_objects(cfg: CfgNode, records: Sequence[CocoRecord], divisor: int) -> Objects:
-    """The objects of a training set, resized and cropped as the config trains them.
+    """The objects of a training set, resized and cropped as in training.
 
-    Random sizes and crops are drawn with a fixed seed, for small datasets several times.
+    Random sizes and crops are drawn with a fixed seed, several times if the dataset is small.
 
     Args:
-        divisor: px that images are padded to whole multiples of.
+        cfg: the config, of which INPUT is read.
+        records: the images of the training set.
+        divisor: image sides are padded to a multiple of it, in pixels.
 
     Raises:
-        ConfigError: no object, or INPUT.CROP.ENABLED.
+        ConfigError: there is no object, or INPUT.CROP is enabled.
     """
     data, tiles = cfg.INPUT, cfg.INPUT.TILES
     if data.CROP.ENABLED:
-        raise ConfigError("INPUT.CROP.ENABLED is True; at that random scale no anchors are found")
+        raise ConfigError("INPUT.CROP.ENABLED is True; anchors cannot be fitted to it, disable it")
     rng = np.random.default_rng(0)
     random = data.LSJ.ENABLED or len({*data.MIN_SIZE_TRAIN}) > 1
     total = sum(int((~record.iscrowd).sum()) for record in records)
     boxes, image_sizes = [np.empty((0, 4))], [np.empty((0, 2))]
-    for record in [*records] * (-(-_ENOUGH // max(total, 1)) if random else 1):
+    for record in [*records] * (math.ceil(_ENOUGH_OBJECTS / max(total, 1)) if random else 1):
         corners = record.boxes[~record.iscrowd].reshape(-1, 2, 2).astype(np.float64)
         image = np.array([record.width, record.height], dtype=np.float64)
         corners = corners.clip(0, image)
         if tiles.ENABLED:
-            # Each object in a tile that has it whole, or nearly.
+            # Take the tile that the object's centre is in; it holds the object, or most of it.
             tile = np.minimum(image, tiles.SIZE)
-            first = corners.mean(axis=1) // tile * tile
-            corners -= np.minimum(first, image - tile)[:, None]
+            start = corners.mean(axis=1) // tile * tile
+            corners -= np.minimum(start, image - tile)[:, None]
             image = tile
-        scale, crop = _scale(cfg, image, rng)
+        scale, crop = _resizing(cfg, image, rng)
         resized = np.maximum(np.rint(image * scale), 1)
         start = np.maximum(resized - crop, 0) * rng.random(2)
         image, corners = np.minimum(resized, crop), corners * (resized / image) - start
@@ -95,43 +98,42 @@ def training_objects(cfg: CfgNode, records: Sequence[CocoRecord], divisor: int) 
     return objects
 
 
-def _scale(cfg: CfgNode, image: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """The factor by which an image (width, height) is resized, and the side that is cropped."""
-    if cfg.INPUT.LSJ.ENABLED:
-        lsj = cfg.INPUT.LSJ
-        return rng.uniform(lsj.MIN_SCALE, lsj.MAX_SCALE) * lsj.IMAGE_SIZE / image.max(), (
-            lsj.IMAGE_SIZE
-        )
-    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+def _resizing(cfg: CfgNode, image: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """The factor that an image (width, height) is resized by, and the side of the square crop."""
+    lsj, sizes = cfg.INPUT.LSJ, cfg.INPUT.MIN_SIZE_TRAIN
+    if lsj.ENABLED:
+        factor = rng.uniform(lsj.MIN_SCALE, lsj.MAX_SCALE)
+        return factor * lsj.IMAGE_SIZE / image.max(), lsj.IMAGE_SIZE
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
         shortest = int(rng.integers(sizes[0], sizes[1] + 1))
     else:
         shortest = int(rng.choice(sizes))
-    scale = min(shortest / image.min(), cfg.INPUT.MAX_SIZE_TRAIN / image.max())
-    return (scale if shortest else 1.0), np.inf
+    if shortest == 0:  # images keep their size
+        return 1.0, np.inf
+    return min(shortest / image.min(), cfg.INPUT.MAX_SIZE_TRAIN / image.max()), np.inf
 
 
 def config_anchors(cfg: CfgNode) -> Anchors:
     """The anchors that a config describes.
 
     Raises:
-        ConfigError: it has none, or not Detectron2's DefaultAnchorGenerator; levels that are not
-            called after their strides, or not as many lists as levels.
+        ConfigError: the detector has no anchors or another anchor generator, its levels are not
+            named after their strides, or the number of lists is not the number of levels.
     """
     architecture = cfg.MODEL.META_ARCHITECTURE or "GeneralizedRCNN"
     sections = {"GeneralizedRCNN": "RPN", "ProposalNetwork": "RPN", "RetinaNet": "RETINANET"}
     if architecture not in sections:
         raise ConfigError(
-            f"MODEL.META_ARCHITECTURE is {architecture}, which has no anchors to choose; this is "
-            f"for {', '.join(sections)}"
+            f"MODEL.META_ARCHITECTURE is {architecture}, which has no anchors to choose; use one "
+            f"of {', '.join(sections)}"
         )
     node, key = cfg.MODEL.ANCHOR_GENERATOR, f"MODEL.{sections[architecture]}.IN_FEATURES"
     if node.NAME not in (None, "DefaultAnchorGenerator"):
-        raise ConfigError(f"{_SECTION}.NAME is {node.NAME}; only DefaultAnchorGenerator is known")
+        raise ConfigError(f"{_SECTION}.NAME is {node.NAME}; it must be DefaultAnchorGenerator")
     names = cfg.MODEL[sections[architecture]].IN_FEATURES
     levels = [re.fullmatch(r"p(\d)", name) for name in names]
     if not levels or not all(levels):
-        raise ConfigError(f"{key} is {names}; levels must be called p<log2 of their stride>")
+        raise ConfigError(f"{key} is {names}; levels must be named p<log2 of their stride>")
     per_level: list[list[list[float]]] = []
     for name in ("SIZES", "ASPECT_RATIOS"):
         lists = [list(values) for values in node[name]]
@@ -147,20 +149,24 @@ def config_anchors(cfg: CfgNode) -> Anchors:
 
 
 def find_anchors(objects: Objects, old: Anchors, sizes: int | None, ratios: int | None) -> Anchors:
-    """New anchors on the levels of old ones, as many per location unless a number is given."""
+    """Find anchors that fit the objects better, on the levels of the old ones.
+
+    Args:
+        sizes, ratios: how many per level. If one is None, it follows from the old number of anchors
+            per location; if both are, the best split of that number is chosen.
+    """
     count = len(old.sizes[0]) * len(old.aspect_ratios[0])
     if sizes is None and ratios is None:
         splits = [(n, count // n) for n in range(1, count + 1) if count % n == 0]
     else:
-        known = sizes or ratios or 1
-        rest = max(count // known, 1)
-        splits = [(sizes or rest, ratios or rest)]
-    found = [propose_anchors(objects, old.strides, *split, old.offset) for split in splits]
-    return max(found, key=lambda anchors: anchors.best_ious(objects).mean())
+        other = max(count // (sizes or ratios or 1), 1)
+        splits = [(sizes or other, ratios or other)]
+    proposals = [propose_anchors(objects, old.strides, *split, old.offset) for split in splits]
+    return max(proposals, key=lambda anchors: anchors.best_ious(objects).mean())
 
 
 def format_table(objects: Objects, old: Anchors, new: Anchors) -> str:
-    """How well anchors fit, by the size of the objects, as Markdown."""
+    """How well the old and the new anchors fit, by object size, as Markdown."""
     header = ["side, px", "objects"]
     for measure in ("mean best IoU", "IoU ≥ 0.5", "IoU ≥ 0.7"):
         header += [f"{measure}: config", "new"]
@@ -175,18 +181,16 @@ def format_table(objects: Objects, old: Anchors, new: Anchors) -> str:
 
 def _row(name: str, ious: Sequence[np.ndarray]) -> list[str]:
     means = [f"{iou.mean():.3f}" for iou in ious]
-    shares = [f"{100 * (iou >= least).mean():.1f} %" for least in (0.5, 0.7) for iou in ious]
+    shares = [f"{100 * (iou >= limit).mean():.1f} %" for limit in (0.5, 0.7) for iou in ious]
     return [name, str(len(ious[0])), *means, *shares]
 
 
 def changes(cfg: CfgNode, overrides: Sequence[str], anchors: Anchors) -> dict[str, Any]:
-    """What a config needs beside its base: the overrides, and new anchors."""
-    ratios = anchors.aspect_ratios[0]
-    given = {key: value_of(cfg, key) for key in overrides[::2]}
-    values = {key: list(v) if isinstance(v, tuple) else v for key, v in given.items()} | {
-        f"{_SECTION}.SIZES": [list(sizes) for sizes in anchors.sizes],
-        f"{_SECTION}.ASPECT_RATIOS": [list(ratios)],
-    }
+    """What a config adds to its base: the overrides and the new anchors, as nested sections."""
+    values = {key: value_of(cfg, key) for key in overrides[::2]}
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+    values[f"{_SECTION}.SIZES"] = [list(sizes) for sizes in anchors.sizes]
+    values[f"{_SECTION}.ASPECT_RATIOS"] = [list(anchors.aspect_ratios[0])]
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *sections, name = key.split(".")
@@ -198,10 +202,10 @@ def changes(cfg: CfgNode, overrides: Sequence[str], anchors: Anchors) -> dict[st
 
 
 def write_config(output: Path, config_file: str, tree: dict[str, Any]) -> None:
-    """Write a config over a base, whole or not at all.
+    """Write a config that adds a tree of sections to a base, completely or not at all.
 
     Raises:
-        ConfigError: it exists, or cannot be written.
+        ConfigError: the file cannot be written.
     """
     partial = output.with_name(f"{output.name}.partial")
     base = os.path.relpath(Path(config_file).resolve(), output.resolve().parent)
@@ -220,7 +224,7 @@ def _as_yaml(tree: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Find anchors for what the arguments describe, print them, write the config.
+    """Find anchors for the training that the arguments describe, print them, write the config.
 
     Raises:
         UserError: the config, a dataset, a number or the output cannot be used.
@@ -239,7 +243,7 @@ def run(args: argparse.Namespace) -> None:
     records = [record for dataset in datasets for record in dataset.records]
     objects = training_objects(cfg, records, max(cfg.MODEL.VIT.SQUARE_PAD, old.strides[-1]))
     new = find_anchors(objects, old, args.sizes, args.ratios)
-    print(f"{len(objects)} objects as they are trained:\n{format_table(objects, old, new)}\n")
+    print(f"{len(objects)} objects, scaled as in training:\n{format_table(objects, old, new)}\n")
     tree = changes(cfg, args.opts, new)
     print(_as_yaml(tree))
     if output is not None:

@@ -1,4 +1,4 @@
-"""Pretrained or trained weights -> Detectron2's keys, with a word on every key.
+"""Convert pretrained or trained weights to Detectron2's keys, with a report on every key.
 
     python -m dr2net_d2.convert dinov2_vitb14_pretrain.pth vit.safetensors
     python -m dr2net_d2.convert dinov2_vitb14_pretrain.pth vit.pth MODEL.VIT.PATCH_SIZE 16 \\
@@ -9,13 +9,13 @@ IN is a plain ViT (MAE, timm, DeiT, DINOv2, the image encoder of SAM, Detectron2
 this project. OUT ends with .pth, .pkl (as in Detectron2's model zoo) or .safetensors; an older OUT
 is replaced once the new one is complete.
 
-A plain ViT becomes Detectron2's, LayerScale folded in, and its MODEL.VIT keys are printed. With
---config-file it is fitted to the ViT of that config: position tables, patch size. KEY VALUE words
-change single keys, of the config or of what the weights show.
+A plain ViT gets Detectron2's keys, with LayerScale folded in, and its MODEL.VIT section is printed.
+With --config-file it is fitted to the ViT of that config: its position tables and patch embedding
+are resized. KEY VALUE overrides single keys, of the config or of the section read from the weights.
 
-A detector loses its optimizer and other state of the training; heads keep the names of the engine
-that trained them. Coefficients (alpha, beta) other than (1, 0) stay beside the weights; at (1, 0)
-Detectron2's own ViT loads them, strictly.
+A detector loses its optimizer and the rest of the training's state; its heads keep the names of the
+engine that trained them. Coefficients (alpha, beta) other than (1, 0) stay in the file; at (1, 0)
+Detectron2's own ViT loads the weights, strictly.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from dr2net_d2.weights import (
 logger = logging.getLogger(__name__)
 
 DETECTOR = ("*backbone.simfp_*", "*proposal_generator.*", "*roi_heads.*")
-"""Keys that a detector of ours has beside its ViT."""
+"""Keys that our detectors have besides those of their ViT."""
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,15 +62,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("weights", metavar="IN", help="file, or a name as in MODEL.WEIGHTS")
-    parser.add_argument("output", metavar="OUT", help=f"ends with {', '.join(WRITERS)}")
-    parser.add_argument("--config-file", metavar="FILE", help="YAML, whose ViT OUT is to fit")
+    parser.add_argument("weights", metavar="IN", help="a file, or a name as in MODEL.WEIGHTS")
+    parser.add_argument("output", metavar="OUT", help=f"a file ending with {', '.join(WRITERS)}")
+    parser.add_argument("--config-file", metavar="FILE", help="YAML; fit OUT to its ViT")
     parser.add_argument(
         "--allow",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="keys that may be missing, left over or of another shape; may be repeated",
+        help="keys that may be missing, unexpected or of another shape; may be repeated",
     )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser.parse_intermixed_args(argv)
@@ -82,16 +82,16 @@ def convert(
     overrides: Sequence[str],
     allow: Sequence[str],
 ) -> tuple[dict[str, Tensor], CheckpointReport, dict[str, Any]]:
-    """What the command writes and prints.
+    """Convert weights to Detectron2's keys.
 
     Args:
-        state: name -> tensor, a plain ViT or a detector.
-        config_file: None for a config of what the weights show.
+        state: name -> tensor, of a plain ViT or a detector.
+        config_file: the config to fit the ViT to; None for one that is read from the weights.
         overrides: KEY VALUE words for the config.
         allow: patterns of keys that need not fit.
 
     Returns:
-        The weights in Detectron2's keys, the report, the keys of MODEL.VIT that they fit.
+        The converted weights, the report, and the section MODEL.VIT of the config that they fit.
 
     Raises:
         UserError: the weights or the config cannot be used.
@@ -99,41 +99,46 @@ def convert(
     redundant = redundant_scalars(state)
     state = {key: tensor for key, tensor in state.items() if key not in redundant}
     with weights_being_read():
-        found = find_plain_vit(state)
+        plain = find_plain_vit(state)
     if config_file is None:
-        # Where the weights show no windows, any would fit.
-        shown = {"window_block_indexes": [], **describe_vit(found.state)}
-        del shown["in_chans"]
-        words = [(f"MODEL.VIT.{name.upper()}", str(value)) for name, value in shown.items()]
-        overrides = [*(word for pair in words for word in pair), *overrides]
+        overrides = [*_vit_overrides(plain.state), *overrides]
     cfg = load_config(config_file, overrides, choose_engine("auto"))
     with torch.device("meta"), config_section("MODEL.VIT"):
         vit = Dr2NetViT(**vit_arguments(cfg))
     allow = [*cfg.MODEL.DR2NET.ALLOW_PARTIAL, *allow]
 
-    around: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
     prefix = ""
     if any(matches(key, DETECTOR) for key in state):
-        prefix = found.prefix.removeprefix("module.")
-        around = {key: state.pop(key) for key in list(state) if not key.startswith(found.prefix)}
+        prefix = plain.prefix.removeprefix("module.")
+        rest = {key: state.pop(key) for key in list(state) if not key.startswith(plain.prefix)}
     converted, report = fit_checkpoint(convert_vit_checkpoint, state, vit, allow)
-    report.loaded += around
+    report.loaded += rest
     report.dropped |= redundant
     weights = {f"{prefix}{name}": tensor for name, tensor in converted.items()}
-    weights |= {key.removeprefix("module."): tensor for key, tensor in around.items()}
+    weights |= {key.removeprefix("module."): tensor for key, tensor in rest.items()}
     names = [name.upper() for name in describe_vit(vit.state_dict()) if name != "in_chans"]
     return weights, report, {name: cfg.MODEL.VIT[name] for name in names}
 
 
+def _vit_overrides(state: dict[str, Tensor]) -> list[str]:
+    """KEY VALUE words for the section MODEL.VIT of the network that the weights come from."""
+    # Without relative positions the weights do not tell which blocks have windows: any would fit.
+    values = {"window_block_indexes": [], **describe_vit(state)}
+    del values["in_chans"]
+    words = [(f"MODEL.VIT.{name.upper()}", str(value)) for name, value in values.items()]
+    return [word for pair in words for word in pair]
+
+
 def run(args: argparse.Namespace) -> None:
-    """Convert what the arguments name, print the report and the keys, write the file.
+    """Convert the file that the arguments name, print the report and the keys, write the output.
 
     Raises:
-        UserError: a file or the config cannot be used; OUT is as it was.
+        UserError: a file or the config cannot be used; OUT is unchanged.
     """
     source = locate_weights(args.weights)
     if not Path(source).is_file():
-        raise WeightsError(f"IN is {args.weights!r}; give a file, downloaded before")
+        raise WeightsError(f"IN is {args.weights!r}; give the path of a downloaded file")
     check_output(args.output)
     if Path(args.output).resolve() == Path(source).resolve():
         raise WeightsError(f"IN and OUT are both {args.output!r}; choose another OUT")
@@ -143,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(report.lines()))
     print("\n".join(["MODEL:", "  VIT:", *(f"    {key}: {value}" for key, value in keys.items())]))
     if args.config_file is None and not keys["USE_REL_POS"]:
-        logger.info("NUM_HEADS is the usual number for the width; the weights do not show it")
+        logger.info("NUM_HEADS is the usual number for this width; weights do not tell it")
     if coupled := [key for key in weights if matches(key, COEFFICIENTS)]:
         logger.warning(
             "%s: Detectron2's own ViT would not give the same; load it into build_dr2net_*",

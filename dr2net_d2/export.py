@@ -4,11 +4,11 @@
         MODEL.WEIGHTS output/quickstart/model_final.pth
     python -m dr2net_d2.export --config-file F --output backbone.pt2 --image-size 800 1344 KEY VALUE
 
-The suffix chooses the format: .pt2 or .onnx. The network is that of evaluation, at the coefficients
-that the weights have; neither file needs this package. Its input "image" is (1, channels, H, W),
-normalised and padded as the detector does it, at one fixed size; its outputs are the levels by
-name, p2, p3, and so on. The file replaces another only after it was run and its outputs were
-compared with the detector's own.
+The suffix chooses the format, .pt2 or .onnx; neither file needs this package to run. The network is
+exported in evaluation mode, at the coefficients of the weights. Its input "image" is
+(1, channels, H, W), of a fixed size, normalised and padded as the detector does it; its outputs are
+the levels by name, p2, p3, and so on. The new file is run, and its outputs compared with the
+detector's own, before it replaces an older one.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from dr2net_d2.inference import load_model, open_config
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
-"""Of the largest difference, relative to the largest value of a level."""
+"""The largest difference allowed, relative to the largest value of a level."""
 
 Features = dict[str, Tensor]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser("python -m dr2net_d2.export", __doc__)
-    parser.add_argument("--output", required=True, metavar="FILE", help="ends in .pt2 or .onnx")
+    parser.add_argument("--output", required=True, metavar="FILE", help="a .pt2 or .onnx file")
     parser.add_argument(
         "--image-size",
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="px; a square of MODEL.VIT.IMG_SIZE unless given",
+        help="in pixels, default: a square of MODEL.VIT.IMG_SIZE",
     )
     return parser.parse_args(argv)
 
 
 def exportable(network: nn.Module) -> nn.Module:
-    """A copy with attention in operators that exporters know, instead of our own functions."""
+    """A copy whose attention consists of operators that exporters know."""
     network = copy.deepcopy(network)
     for module in network.modules():
         if isinstance(module, Attention):
@@ -63,7 +63,7 @@ def exportable(network: nn.Module) -> nn.Module:
 
 
 def write_pt2(network: nn.Module, image: Tensor, path: Path) -> Callable[[Tensor], Features]:
-    """Write a program of torch.export; returns what runs the file."""
+    """Write a program of torch.export; returns a function that runs the file."""
     torch.export.save(torch.export.export(network, (image,)), path)
     program: Any = torch.export.load(path).module()
     return program
@@ -72,17 +72,17 @@ def write_pt2(network: nn.Module, image: Tensor, path: Path) -> Callable[[Tensor
 def write_onnx(
     network: nn.Module, image: Tensor, path: Path
 ) -> Callable[[Tensor], Features] | None:
-    """Write an ONNX file; returns what runs it, None without onnxruntime.
+    """Write an ONNX file; returns a function that runs it, or None without onnxruntime.
 
     Raises:
-        ConfigError: the packages that write it are not installed.
+        ConfigError: the packages that write ONNX files are not installed.
     """
     if missing := [name for name in ("onnx", "onnxscript") if not find_spec(name)]:
         raise ConfigError(
             f"ONNX needs {' and '.join(missing)}; install the extra: dr2net_d2[export]"
         )
     for name in ("onnx_ir", "onnxscript"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # a line for every node they merge
+        logging.getLogger(name).setLevel(logging.WARNING)  # they log every merged node
     names = list(network(image))
     program: Any = torch.onnx.export(
         network,
@@ -109,31 +109,31 @@ def write_onnx(
 WRITERS = {".pt2": write_pt2, ".onnx": write_onnx}
 
 
-def largest_difference(found: Features, expected: Features) -> float:
-    """Between levels of the same names, relative to the largest value of each."""
+def largest_difference(features: Features, expected: Features) -> float:
+    """The largest difference of any level, relative to the level's largest value."""
     return max(
-        float((found[name].cpu() - level.cpu()).abs().max() / level.abs().max())
+        float((features[name].cpu() - level.cpu()).abs().max() / level.abs().max())
         for name, level in expected.items()
     )
 
 
 @torch.no_grad()
 def export(network: nn.Module, image: Tensor, path: Path) -> float | None:
-    """Write a network in the format of the suffix, checked before it takes the place of ``path``.
+    """Write a network in the format of the suffix, and check it before it replaces ``path``.
 
     Args:
-        network: in evaluation mode; image -> {name: level}.
-        image: (1, C, H, W), on the network's device; the size that is exported.
-        path: ends in a suffix of ``WRITERS``.
+        network: image -> {name: level}, in evaluation mode.
+        image: (1, C, H, W), of the size to export, on the network's device.
+        path: a file with a suffix of ``WRITERS``.
 
     Returns:
-        The largest relative difference of the file's outputs; None if nothing here can run it.
+        The largest relative difference of the file's outputs; None if the file cannot be run here.
 
     Raises:
-        FloatingPointError: it is beyond ``TOLERANCE``; ``path`` is as it was.
+        FloatingPointError: the difference is beyond ``TOLERANCE``; ``path`` is unchanged.
     """
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-        # Under its own name, as an ONNX file of more than 2 GB names a second one with the weights.
+        # Under its final name, because an ONNX file of more than 2 GB refers to a file of weights.
         run = WRITERS[path.suffix](exportable(network), image, Path(folder, path.name))
         difference = None
         if run is not None:
@@ -149,17 +149,17 @@ def export(network: nn.Module, image: Tensor, path: Path) -> float | None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export what the arguments describe, say how exact it is and what it takes.
+    """Export the detector that the arguments describe; print how exact it is, log its input.
 
     Raises:
-        UserError: an option, the config or the weights cannot be used, a package is missing.
+        UserError: an option, the config or the weights cannot be used, or a package is missing.
         FloatingPointError: see ``export``.
     """
     path = Path(args.output)
     if path.suffix not in WRITERS:
         raise ConfigError(f"--output is {args.output!r}; it must end in {' or '.join(WRITERS)}")
     cfg, engine = open_config(args)
-    # "float32" is to mean that on a GPU's tensor cores too.
+    # TF32 would make float32 less precise on a GPU.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     backbone: Any = load_model(cfg, engine).backbone
     stride = backbone.size_divisibility
@@ -167,8 +167,8 @@ def run(args: argparse.Namespace) -> None:
     height, width = args.image_size or (side, side)
     if min(height, width) < 1 or height % stride or width % stride:
         raise ConfigError(
-            f"--image-size is {height} {width}; both must be multiples of {stride} px, as those of "
-            "padded images are"
+            f"--image-size is {height} {width}; both must be multiples of {stride} px, to which "
+            "the detector pads images"
         )
     image = torch.randn(1, len(cfg.MODEL.PIXEL_MEAN), height, width, device=cfg.MODEL.DEVICE)
     writable_folder(str(path.parent), path.stem)

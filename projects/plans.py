@@ -58,7 +58,7 @@ def plan(project: str, config: Path) -> dict[str, Any]:
         "peak": {},
     }
     for arm in ARMS:
-        planner = Planner(cfg, arm, OBJECTS[project])
+        planner = Planner(cfg, arm, objects=OBJECTS[project])
         row["peak"][arm] = planner.peak(side, batch)
         if arm == "dr2net":
             row["flop"] = batch * planner.flops(side)

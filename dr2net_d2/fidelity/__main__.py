@@ -1,15 +1,15 @@
-"""Is the gradient right, and what does it cost? Measured for one's own config, weights and images.
+"""Is the gradient right, and what does it cost? For your own config, weights and image.
 
     python -m dr2net_d2.fidelity --config-file configs/quickstart.yaml
     python -m dr2net_d2.fidelity --config-file F --image-size 512 --image photo.jpg \\
         MODEL.WEIGHTS mae_pretrain_vit_base.pth MODEL.DR2NET.SCHEDULE.END_BETA 0.75
 
-It takes the ViT backbone of the config, with MODEL.WEIGHTS (a plain ViT or a whole detector), over
-the coefficients that the schedule passes through, and differentiates a random projection of its
-features in four ways: exactly reversible, reversible in floating point, with one checkpoint per
-block, and plain, storing everything. Each gradient, of all parameters and of the image, is compared
-with float64's; what the forward saves and the peak of forward and backward are counted, both
-beyond the weights and their gradients. All in float32 and without drop path. Prints two tables, and
+Takes the ViT backbone of the config with MODEL.WEIGHTS (a plain ViT or a whole detector), and
+differentiates a random projection of its features at the coefficients of the schedule, in four
+ways: exactly reversible, reversible in floating point, with one checkpoint per block, and plain,
+storing everything. Each gradient, of all parameters and of the image, is compared with float64's.
+Counts the bytes that the forward saves and the peak of forward and backward, both without the
+weights and their gradients. Computes in float32 and without drop path. Prints two tables, and
 writes fidelity.json and fidelity.png.
 """
 
@@ -22,7 +22,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from dr2net_d2.data import read_pixels
 from dr2net_d2.errors import ConfigError, config_section, run_command
 from dr2net_d2.fidelity.gradients import (
     ARMS,
+    Measurement,
     choose_reference,
     format_error,
     measure_all,
@@ -69,23 +70,24 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--image-size",
         type=int,
         metavar="PX",
-        help="side of the square image; MODEL.VIT.IMG_SIZE unless given",
+        help="side of the square image, default: MODEL.VIT.IMG_SIZE",
     )
     parser.add_argument(
-        "--image", metavar="FILE", help="stretched to the square; seeded noise unless given"
+        "--image", metavar="FILE", help="an image, stretched to the square; default: seeded noise"
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="for fidelity.json and .png; OUTPUT_DIR unless given"
+        "--output", metavar="DIR", help="folder for fidelity.json and .png, default: OUTPUT_DIR"
     )
     return parser.parse_args(argv)
 
 
 def build_vit(cfg: CfgNode, seed: int) -> Dr2NetViT:
-    """The config's ViT with MODEL.WEIGHTS, or random ones from the seed, on MODEL.DEVICE.
+    """The config's ViT on MODEL.DEVICE, with MODEL.WEIGHTS or else random weights from a seed.
 
     Raises:
-        ConfigError: another backbone, sizes that do not fit together, a device that is not there.
-        WeightsError: a checkpoint that is missing, unreadable or not of this ViT.
+        ConfigError: the backbone is not a plain ViT, its sizes do not fit together, or the device
+            does not exist.
+        WeightsError: the checkpoint is missing, unreadable or of another network.
     """
     require_plain_vit(cfg, "fidelity")
     device = torch_device(cfg.MODEL.DEVICE)
@@ -100,21 +102,23 @@ def build_vit(cfg: CfgNode, seed: int) -> Dr2NetViT:
         _checkpointer(vit).load(cfg.MODEL.WEIGHTS, checkpointables=[])
     else:
         logger.info("MODEL.WEIGHTS is empty: random initialisation, seed %d", seed)
-    # Without drop path, whose masks would be another source of differences.
+    # In evaluation mode there is no drop path, whose random masks would add differences.
     return vit.to(device).eval()
 
 
 def load_image(cfg: CfgNode, side: int, file: str | None, seed: int) -> Tensor:
-    """(1, channels, side, side) on MODEL.DEVICE, normalised as the config's detector does it.
+    """An image for the ViT, (1, channels, side, side), normalised as the config's detector does.
 
     Args:
-        cfg: PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT, MODEL.VIT.PATCH_SIZE are read.
-        side: px.
-        file: an image of any size, or None for normal noise.
-        seed: of the noise.
+        cfg: the config, of which MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, MODEL.VIT.PATCH_SIZE,
+            MODEL.DEVICE and INPUT.FORMAT are read.
+        side: side of the square, in pixels.
+        file: an image of any size, or None for Gaussian noise.
+        seed: seed of the noise.
 
     Raises:
-        ConfigError: the side is not a multiple of the patch size; a file that cannot be normalised.
+        ConfigError: the side is not a multiple of the patch size, or a file is given and
+            INPUT.FORMAT or MODEL.PIXEL_MEAN is not that of a colour image.
         DatasetError: the file cannot be read.
     """
     patch_size, device = cfg.MODEL.VIT.PATCH_SIZE, torch_device(cfg.MODEL.DEVICE)
@@ -139,30 +143,30 @@ def load_image(cfg: CfgNode, side: int, file: str | None, seed: int) -> Tensor:
     return image.permute(2, 0, 1)[None].contiguous().to(device)
 
 
-def format_tables(rows: Iterable[dict[str, Any]], reference: str) -> str:
-    """Two Markdown tables of rows of ``measure``: gradient errors; saved and peak megabytes."""
-    pairs: dict[tuple[float, float], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        pairs.setdefault((row["alpha"], row["beta"]), {})[row["arm"]] = row
-    errors, bytes_ = [["α", "β", *ARMS]], [["α", "β", *ARMS]]
-    for (alpha, beta), arms in pairs.items():
-        pair = [f"{alpha:.4g}", f"{beta:.4g}"]
-        errors.append(pair + [format_error(arms[arm]["gradient_error"]) for arm in ARMS])
-        bytes_.append(
-            pair
-            + [f"{arms[a]['saved_bytes'] / 1e6:.2f} / {arms[a]['peak_bytes'] / 1e6:.2f}"
-               for a in ARMS]
-        )  # fmt: skip
+def format_tables(rows: Sequence[Measurement], reference: str) -> str:
+    """Gradient errors, and saved and peak megabytes, as two Markdown tables.
+
+    Args:
+        rows: the measurements, one for each of ``ARMS``, in their order, at each pair.
+        reference: what the errors are relative to, such as "float64".
+    """
+    errors, megabytes = [["α", "β", *ARMS]], [["α", "β", *ARMS]]
+    for start in range(0, len(rows), len(ARMS)):
+        own = rows[start : start + len(ARMS)]
+        pair = [f"{own[0]['alpha']:.4g}", f"{own[0]['beta']:.4g}"]
+        errors.append([*pair, *(format_error(row["gradient_error"]) for row in own)])
+        sizes = [(row["saved_bytes"] / 1e6, row["peak_bytes"] / 1e6) for row in own]
+        megabytes.append([*pair, *(f"{saved:.2f} / {peak:.2f}" for saved, peak in sizes)])
     return (
         f"Gradient error, relative to {reference}, everything stored:\n"
         f"{markdown_table(errors)}\n\n"
         "Megabytes saved for the backward / peak of forward and backward:\n"
-        f"{markdown_table(bytes_)}"
+        f"{markdown_table(megabytes)}"
     )
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on besides config, weights and image."""
+    """The device and the versions, on which the figures depend as well."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
@@ -180,12 +184,12 @@ def run(args: argparse.Namespace) -> None:
         UserError: the config, the weights, the image or the output folder cannot be used.
         FloatingPointError: the features are not finite.
     """
-    # "float32" is to mean that on a GPU's tensor cores too.
+    # TF32 would make float32 less precise on a GPU.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     cfg = load_config(args.config_file, args.opts, choose_engine(args.engine))
     seed = max(cfg.SEED, 0)
     side = cfg.MODEL.VIT.IMG_SIZE if args.image_size is None else args.image_size
-    # Betas on the grid in every arm, whatever MODEL.DR2NET.ARITHMETIC: all compute the same.
+    # On the grid for every arm, whatever MODEL.DR2NET.ARITHMETIC says: all compute the same.
     schedule = dataclasses.replace(coefficient_schedule(cfg), exact=True)
     pairs = schedule_pairs(schedule, cfg.SOLVER.MAX_ITER)
     image = load_image(cfg, side, args.image, seed)
@@ -194,10 +198,10 @@ def run(args: argparse.Namespace) -> None:
     try:
         reference = choose_reference(vit, image)
         logger.info("gradients are compared with stored %s", reference.reason)
-        rows = measure_all(vit, image, pairs, reference.dtype, seed)
+        rows = measure_all(vit, image, pairs, reference=reference.dtype, seed=seed)
     except (MemoryError, torch.cuda.OutOfMemoryError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"--image-size is {side} px: {reason}; give a smaller one") from None
+        raise ConfigError(f"--image-size is {side} px: {reason}; choose a smaller one") from None
     results = {
         "setting": {
             "config_file": args.config_file,
@@ -222,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _checkpointer(vit: Dr2NetViT) -> StrictCheckpointer:
-    """Detectron2's where it is installed: it fetches from more places."""
+    """Detectron2's checkpointer if it is installed, as it can fetch from more places."""
     if importlib.util.find_spec("detectron2"):
         from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 

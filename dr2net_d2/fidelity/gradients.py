@@ -1,7 +1,4 @@
-"""Gradients of a ViT by four arithmetics: their errors, the bytes they save, their peak memory.
-
-``fidelity`` is the command on top; ``projects/fidelity`` measures series with these functions.
-"""
+"""Gradients of a ViT, computed in four ways: their errors, the bytes they save, their peak."""
 
 from __future__ import annotations
 
@@ -11,15 +8,15 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
@@ -36,14 +33,15 @@ from dr2net_d2.core.stream_range import StreamRange
 logger = logging.getLogger(__name__)
 
 ARMS = ("exact", "float reversible", "checkpointing", "plain")
-"""Reversible in fixed point; reversible in floating point; one checkpoint per block; all stored."""
+"""Reversible in fixed point, reversible in floating point, one checkpoint per block, and everything
+stored."""
 
 PLAIN = "plain"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The dtype of the stored run that gradients are compared with, and why it was chosen."""
+    """The dtype of the reference gradients, which store everything, and why it was chosen."""
 
     dtype: torch.dtype
     reason: str
@@ -53,23 +51,38 @@ class Reference:
         return str(self.dtype).removeprefix("torch.")
 
 
+class Measurement(TypedDict):
+    """One row of fidelity.json.
+
+    gradient_error is relative to the reference, and None if it is not finite; the bytes exclude the
+    weights and their gradients.
+    """
+
+    alpha: float
+    beta: float
+    arm: str
+    gradient_error: float | None
+    saved_bytes: int
+    peak_bytes: int
+
+
 def schedule_pairs(
-    schedule: CoefficientSchedule, iterations: int, most: int = 9
+    schedule: CoefficientSchedule, iterations: int, maximum: int = 9
 ) -> list[tuple[float, float]]:
-    """The distinct (alpha, beta) that a training passes through, in order.
+    """The distinct (alpha, beta) of a training, in order.
 
     Args:
-        schedule: of the coefficients.
+        schedule: the training's coefficients.
         iterations: length of the training.
-        most: beyond it they are thinned evenly; the first and the last stay.
+        maximum: more pairs than this are thinned out evenly, keeping the first and the last.
     """
-    passed = list(dict.fromkeys(schedule(i / iterations) for i in range(iterations)))
-    chosen = np.linspace(0, len(passed) - 1, min(most, len(passed))).round().astype(int)
-    return [passed[i] for i in chosen]
+    pairs = list(dict.fromkeys(schedule(i / iterations) for i in range(iterations)))
+    chosen = np.linspace(0, len(pairs) - 1, min(maximum, len(pairs))).round().astype(int)
+    return [pairs[i] for i in chosen]
 
 
 def choose_reference(vit: Dr2NetViT, image: Tensor) -> Reference:
-    """float64 where it fits into the memory that is free on the image's device, else float32.
+    """float64 if it fits into the free memory of the image's device, else float32.
 
     Raises:
         MemoryError: not even float32 fits.
@@ -77,19 +90,20 @@ def choose_reference(vit: Dr2NetViT, image: Tensor) -> Reference:
     weights = sum(parameter.nbytes for parameter in vit.parameters())
     peak = plain_peak_bytes(vit, image)
     free = available_memory_bytes(image.device)
-    # A copy of the model, its gradients, what is stored; and the gradients of the model itself.
+    # The reference is a copy of the model with gradients and stored activations; the model itself
+    # has gradients as well.
     double, single = (size * (2 * weights + peak) + weights for size in (2, 1))
-    found = f"{free / 1e9:.1f} GB are free"
+    memory = f"{free / 1e9:.1f} GB are free"
     if double < 0.9 * free:
-        return Reference(torch.float64, f"float64, which takes {double / 1e9:.1f} GB; {found}")
+        return Reference(torch.float64, f"float64, which takes {double / 1e9:.1f} GB; {memory}")
     if single < 0.9 * free:
-        reason = f"float32, as float64 would take {double / 1e9:.1f} GB and {found}"
+        reason = f"float32, as float64 would take {double / 1e9:.1f} GB and {memory}"
         return Reference(torch.float32, reason)
-    raise MemoryError(f"gradients to compare with take {single / 1e9:.1f} GB, but {found}")
+    raise MemoryError(f"reference gradients take {single / 1e9:.1f} GB, but {memory}")
 
 
 def plain_peak_bytes(vit: Dr2NetViT, image: Tensor) -> int:
-    """Peak of forward and backward with all activations stored, counted without computing them."""
+    """Peak of forward and backward with all activations stored, counted on fake tensors."""
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         vit, image = copy.deepcopy(vit), copy.deepcopy(image)
@@ -103,43 +117,44 @@ def measure(
     image: Tensor,
     alpha: float,
     beta: float,
+    *,
     reference: torch.dtype = torch.float64,
     seed: int = 0,
     arms: Sequence[str] = ARMS,
-) -> list[dict[str, Any]]:
-    """Differentiate a random projection of the features by every arm, at one pair of coefficients.
+) -> list[Measurement]:
+    """Differentiate a random projection of the features in every way, at one pair of coefficients.
 
     Args:
         vit: float32, in evaluation mode; its coefficients and arithmetic are left changed.
         image: (1, channels, H, W), float32.
-        alpha, beta: the coefficients; beta on the grid of exact arithmetic.
-        reference: dtype of the stored run that gradients are compared with.
-        seed: of the projection.
-        arms: of ``ARMS``.
+        alpha, beta: the coefficients; beta must lie on the grid of exact arithmetic.
+        reference: dtype of the gradients to compare with.
+        seed: seed of the projection.
+        arms: the ways to measure, from ``ARMS``.
 
     Returns:
-        One row per arm: alpha, beta, arm, gradient_error (None if not finite), saved_bytes,
-        peak_bytes (both beyond the weights and gradients).
+        One row for each arm.
     """
     generator = torch.Generator().manual_seed(seed)
     projection = torch.randn(_feature_shape(vit, image), generator=generator).to(image.device)
     oracle = copy.deepcopy(vit).to(reference)
-    given = image.to(reference)
-    expected = differentiate(oracle, given, projection.to(reference), PLAIN, alpha, beta).gradients
-    del oracle, given
+    expected = differentiate(
+        oracle, image.to(reference), projection.to(reference), PLAIN, alpha, beta
+    ).gradients
+    del oracle
     rows = []
     for arm in arms:
-        found = differentiate(vit, image, projection, arm, alpha, beta)
-        error = relative_error(found.gradients, expected)
+        result = differentiate(vit, image, projection, arm, alpha, beta)
+        error = relative_error(result.gradients, expected)
         rows.append(
-            {
-                "alpha": alpha,
-                "beta": beta,
-                "arm": arm,
-                "gradient_error": error if math.isfinite(error) else None,
-                "saved_bytes": found.saved_bytes,
-                "peak_bytes": found.peak_bytes,
-            }
+            Measurement(
+                alpha=alpha,
+                beta=beta,
+                arm=arm,
+                gradient_error=error if math.isfinite(error) else None,
+                saved_bytes=result.saved_bytes,
+                peak_bytes=result.peak_bytes,
+            )
         )
     vit.zero_grad()
     return rows
@@ -149,15 +164,16 @@ def measure_all(
     vit: Dr2NetViT,
     image: Tensor,
     pairs: Sequence[tuple[float, float]],
+    *,
     reference: torch.dtype,
     seed: int,
-) -> list[dict[str, Any]]:
-    """The rows of ``measure`` at every pair of coefficients; logs a line of progress after each."""
-    rows: list[dict[str, Any]] = []
+) -> list[Measurement]:
+    """``measure`` at every pair of coefficients; logs a line of progress after each."""
+    rows: list[Measurement] = []
     started = time.perf_counter()
     for done, (alpha, beta) in enumerate(pairs, 1):
-        found = measure(vit, image, alpha, beta, reference, seed)
-        rows += found
+        new = measure(vit, image, alpha, beta, reference=reference, seed=seed)
+        rows += new
         left = (time.perf_counter() - started) / done * (len(pairs) - done)
         logger.info(
             "coefficients %d of %d, %s left: α %.3f, β %.3f, gradient error: %s",
@@ -166,7 +182,7 @@ def measure_all(
             timedelta(seconds=round(left)),
             alpha,
             beta,
-            ", ".join(f"{row['arm']} {format_error(row['gradient_error'])}" for row in found),
+            ", ".join(f"{row['arm']} {format_error(row['gradient_error'])}" for row in new),
         )
     return rows
 
@@ -177,7 +193,7 @@ def format_error(error: float | None) -> str:
 
 @dataclass(frozen=True)
 class Gradients:
-    """The outcome of ``differentiate``: the gradients of the image and of all parameters."""
+    """The gradients of the image and of all parameters, and what computing them took."""
 
     gradients: list[Tensor]
     saved_bytes: int
@@ -187,13 +203,13 @@ class Gradients:
 def differentiate(
     vit: Dr2NetViT, image: Tensor, projection: Tensor, arm: str, alpha: float, beta: float
 ) -> Gradients:
-    """Gradients of ``(features * projection).sum()``; they lie in ``.grad`` of the parameters."""
+    """Gradients of ``(features * projection).sum()``, which are left in ``.grad`` as well."""
     image = image.detach().requires_grad_()
     leaves = [image, *vit.parameters()]
     for leaf in leaves:
-        # Allocated now, so that the peak is without them.
+        # Allocated now, so that the peak does not include them.
         leaf.grad = torch.zeros_like(leaf)
-    # So that a row does not depend on the rows before it.
+    # A row must not depend on the rows before it.
     vit.blocks.stream_range = StreamRange().to(image.device)
     with _peak(image) as live:
         with count_saved_bytes(exclude=vit.parameters()) as saved:
@@ -204,17 +220,15 @@ def differentiate(
 
 
 def forward(vit: Dr2NetViT, image: Tensor, arm: str, alpha: float, beta: float) -> Tensor:
-    """The features (N, C, H, W) as ``arm``, one of ``ARMS``, computes them."""
+    """The features (N, C, H, W) as an arm of ``ARMS`` computes them."""
     vit.arithmetic = "exact" if arm == "exact" else "float"
     vit.reversible = arm in ("exact", "float reversible")
     vit.coefficients.set(alpha, beta)
-    # That floating-point inversion is wrong is what is being measured.
-    with warnings.catch_warnings():
+    checkpoints = _checkpoints(vit.blocks) if arm == "checkpointing" else nullcontext()
+    with checkpoints, warnings.catch_warnings():
+        # The error of floating-point inversion is what is being measured.
         warnings.simplefilter("ignore", UserWarning)
-        if arm != "checkpointing":
-            return vit(image)[vit.out_feature]
-        with _forward_of(vit.blocks, partial(checkpointed, vit.blocks)):
-            return vit(image)[vit.out_feature]
+        return vit(image)[vit.out_feature]
 
 
 def relative_error(gradients: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
@@ -233,17 +247,18 @@ def _feature_shape(vit: Dr2NetViT, image: Tensor) -> tuple[int, ...]:
 
 
 @contextmanager
-def _forward_of(module: nn.Module, function: Any) -> Iterator[None]:
-    vars(module)["forward"] = function
+def _checkpoints(stack: Any) -> Iterator[None]:
+    """Compute a stack with one of torch's checkpoints per block."""
+    stack.forward = partial(checkpointed, stack)
     try:
         yield
     finally:
-        del vars(module)["forward"]
+        del stack.forward  # the class's own again
 
 
 @contextmanager
 def _peak(image: Tensor) -> Iterator[LiveBytes]:
-    """Peak bytes on the image's device, beyond those that are allocated at the start."""
+    """Peak bytes on the image's device, beyond those allocated at the start."""
     device = image.device
     if device.type != "cuda" or not has_values(image):
         with peak_tensor_bytes() as live:

@@ -1,6 +1,10 @@
-"""A trained detector at work, whichever engine trained it: images, videos, a camera, pictures.
+"""A trained detector of either engine on images, videos and cameras.
 
-In: a config with MODEL.WEIGHTS. Out: ``Detections`` of images, drawn if wanted.
+In: a config with MODEL.WEIGHTS. Out: ``Detections`` for each image, drawn if wanted.
+
+    cfg = load_config("configs/quickstart.yaml", ["MODEL.WEIGHTS", weights], "detectron2")
+    predictor = load_predictor(cfg, "detectron2")
+    detections = predictor.detect(image)
 """
 
 from dr2net_d2.inference.detections import Detections, Predictor

@@ -1,4 +1,4 @@
-"""What ``demo.py`` runs: a detector on images, videos or a webcam, with its findings drawn."""
+"""The command ``demo.py``: draw the detections in images, videos or a webcam's frames."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEOS = (*CODECS, ".m4v", ".mpeg", ".mpg", ".webm", ".wmv")
 
 LOG_PERIOD = 50
-"""Frames between two lines of the log."""
+"""Number of frames between two log lines."""
 
 
 def parse_arguments(
@@ -50,7 +50,7 @@ def parse_arguments(
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="a folder, or a file for a single input; without it a window opens",
+        help="a folder, or a file for a single input; a window opens if there is none",
     )
     parser.add_argument(
         "--confidence-threshold",
@@ -63,11 +63,10 @@ def parse_arguments(
 
 
 def run(args: argparse.Namespace) -> None:
-    """Detect and draw as the arguments say.
+    """Detect and draw as the arguments say; unreadable inputs among several are left out.
 
     Raises:
-        UserError: an option, the config or the weights cannot be used, or no input can be read;
-            of several inputs the unreadable ones are named and left out.
+        UserError: an option, the config or the weights cannot be used, or no input can be read.
     """
     if not 0 <= args.confidence_threshold <= 1:
         raise ConfigError(
@@ -87,12 +86,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def find_inputs(words: Sequence[str]) -> list[Path]:
-    """The files that --input means; of a folder, the images and videos.
+    """The files that the words of --input name; in a folder, its images and videos.
 
     Raises:
-        ConfigError: a word that leads to no file.
+        ConfigError: a word names no file.
     """
-    found: list[Path] = []
+    inputs: list[Path] = []
     for word in words:
         path = Path(word).expanduser()
         if path.is_dir():
@@ -106,26 +105,26 @@ def find_inputs(words: Sequence[str]) -> list[Path]:
         if not files:
             raise ConfigError(
                 f"--input: {word!r} is no file, no folder with images or videos, and no pattern "
-                "that matches a file (config overrides come last, behind another option)"
+                "that matches a file (config overrides come last, after another option)"
             )
-        found += files
-    return list(dict.fromkeys(found))
+        inputs += files
+    return list(dict.fromkeys(inputs))
 
 
 def choose_outputs(inputs: Sequence[Path | int], output: str) -> list[Path]:
-    """Where the drawn inputs go: to files of their names in a folder, or to the one file named.
+    """The file that each input is drawn to: one of its name in a folder, or the named file.
 
     Args:
         inputs: files, or the number of a camera.
-        output: a folder, or a file by the suffix of an image or video.
+        output: a folder, or a file with the suffix of an image or a video.
 
     Raises:
-        ConfigError: one file for several inputs or for another kind of input, two inputs of one
-            name, a file that would replace an input.
+        ConfigError: the named file is not for a single input of its kind, two inputs would be drawn
+            to the same file, or a file would replace an input.
     """
     path = Path(output).expanduser()
     if path.is_dir() or path.suffix.lower() not in (*IMAGES, *VIDEOS):
-        outputs = [path / _drawn_name(given) for given in inputs]
+        outputs = [path / _output_name(source) for source in inputs]
     else:
         allowed = CODECS if _is_video(inputs[0]) else IMAGES
         if len(inputs) > 1 or path.suffix.lower() not in allowed:
@@ -135,12 +134,12 @@ def choose_outputs(inputs: Sequence[Path | int], output: str) -> list[Path]:
             )
         outputs = [path]
     first: dict[Path, Path | int] = {}
-    files = {given.resolve() for given in inputs if isinstance(given, Path)}
-    for given, drawn in zip(inputs, outputs, strict=True):
-        if first.setdefault(drawn, given) != given:
+    files = {source.resolve() for source in inputs if isinstance(source, Path)}
+    for source, drawn in zip(inputs, outputs, strict=True):
+        if first.setdefault(drawn, source) != source:
             raise ConfigError(
-                f"--output: {str(first[drawn])!r} and {str(given)!r} would both be drawn to "
-                f"{str(drawn)!r}; draw one after the other, to two folders"
+                f"--output: {str(first[drawn])!r} and {str(source)!r} would both be drawn to "
+                f"{str(drawn)!r}; draw them one by one, into two folders"
             )
         if drawn.resolve() in files:
             raise ConfigError(
@@ -152,17 +151,17 @@ def choose_outputs(inputs: Sequence[Path | int], output: str) -> list[Path]:
 def draw_all(
     predictor: Predictor, inputs: Sequence[Path | int], outputs: Sequence[Path | Window]
 ) -> None:
-    """Detect and draw on each input, until the user closes the window or interrupts a video.
+    """Draw the detections in each input, until the user closes the window or interrupts a video.
 
     Raises:
         DatasetError: no input can be read.
     """
     unreadable = 0
     pairs = zip(inputs, outputs, strict=True)
-    for given, output in tqdm(pairs, total=len(inputs), unit="input", disable=None):
-        draw = _draw_video if _is_video(given) else _draw_image
+    for source, output in tqdm(pairs, total=len(inputs), unit="input", disable=None):
+        draw = _draw_video if _is_video(source) else _draw_image
         try:
-            if not draw(predictor, given, output):
+            if not draw(predictor, source, output):
                 return
         except DatasetError as error:
             unreadable += 1
@@ -174,12 +173,13 @@ def draw_all(
 
 
 def _draw_image(predictor: Predictor, path: Any, output: Path | Window) -> bool:
-    """Whether to go on with the next input."""
+    """Draw an image; returns whether to go on with the next input."""
     image = read_pixels(path)
     start = time.perf_counter()
-    found = predictor.detect(image)
-    picture = draw_detections(image, found, predictor.class_names)
-    logger.info("%s: %d objects, %.2f s", path, len(found.boxes), time.perf_counter() - start)
+    detections = predictor.detect(image)
+    picture = draw_detections(image, detections, predictor.class_names)
+    seconds = time.perf_counter() - start
+    logger.info("%s: %d objects, %.2f s", path, len(detections.boxes), seconds)
     if isinstance(output, Window):
         return output.show(picture, wait=True)
     write_image(output, picture)
@@ -187,7 +187,7 @@ def _draw_image(predictor: Predictor, path: Any, output: Path | Window) -> bool:
 
 
 def _draw_video(predictor: Predictor, source: Path | int, output: Path | Window) -> bool:
-    """Whether to go on with the next input; what was drawn until an interrupt is kept."""
+    """Draw a video; returns whether to go on. After an interrupt, what has been drawn is kept."""
     with ExitStack() as stack:
         frames = stack.enter_context(Frames(source))
         progress = tqdm(frames, str(source), frames.count, unit="frame", disable=None)
@@ -195,11 +195,12 @@ def _draw_video(predictor: Predictor, source: Path | int, output: Path | Window)
             file = stack.enter_context(VideoFile(output, frames.rate))
         try:
             for number, frame in enumerate(progress, 1):
-                found = predictor.detect(frame)
-                picture = draw_detections(frame, found, predictor.class_names)
+                detections = predictor.detect(frame)
+                picture = draw_detections(frame, detections, predictor.class_names)
                 if number % LOG_PERIOD == 1 or number == frames.count:
                     of = f" of {frames.count}" if frames.count else ""
-                    logger.info("%s: frame %d%s, %d objects", source, number, of, len(found.boxes))
+                    count = len(detections.boxes)
+                    logger.info("%s: frame %d%s, %d objects", source, number, of, count)
                 if isinstance(output, Path):
                     file.write(picture)
                 elif not output.show(picture, wait=False):
@@ -209,13 +210,13 @@ def _draw_video(predictor: Predictor, source: Path | int, output: Path | Window)
     return True
 
 
-def _is_video(given: Path | int) -> bool:
-    return isinstance(given, int) or given.suffix.lower() in VIDEOS
+def _is_video(source: Path | int) -> bool:
+    return isinstance(source, int) or source.suffix.lower() in VIDEOS
 
 
-def _drawn_name(given: Path | int) -> str:
-    if isinstance(given, int):
-        return f"webcam{given}.mp4"
-    if _is_video(given):
-        return f"{given.stem}.mp4"
-    return given.name if given.suffix.lower() in IMAGES else f"{given.name}.png"
+def _output_name(source: Path | int) -> str:
+    if isinstance(source, int):
+        return f"webcam{source}.mp4"
+    if _is_video(source):
+        return f"{source.stem}.mp4"
+    return source.name if source.suffix.lower() in IMAGES else f"{source.name}.png"

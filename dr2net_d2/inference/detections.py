@@ -1,8 +1,7 @@
-"""What a detector finds in an image, and what every trained detector here can do."""
+"""The objects found in an image, and the interface of a trained detector."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,13 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What a detector finds in one image of H x W px.
+    """The objects that a detector found in one image of H x W pixels.
 
     Attributes:
-        boxes: ``(n, 4)`` float32, XYXY in px of the image.
+        boxes: ``(n, 4)`` float32, XYXY in pixels of the image.
         scores: ``(n,)`` float32, in [0, 1].
         labels: ``(n,)`` int64, category indices from 0.
-        masks: ``(n, H, W)`` bool, or None from a detector without masks.
+        masks: ``(n, H, W)`` bool, or None if the detector has no masks.
     """
 
     boxes: np.ndarray
@@ -27,13 +26,17 @@ class Detections:
 
 
 class Predictor(Protocol):
-    """A trained detector of one of the engines, for single images.
+    """A trained detector for single images; ``load_predictor`` gives one.
+
+    Both engines implement it, and derive from it explicitly. It resizes images and detects in tiles
+    as its config says.
 
     Attributes:
-        class_names: of the categories; their numbers where no dataset tells their names.
+        class_names: names of the categories, or their numbers if no dataset gives names.
     """
 
-    class_names: Sequence[str]
+    class_names: tuple[str, ...]
 
     def detect(self, image: np.ndarray) -> Detections:
-        """Find objects in (H, W, 3) uint8, BGR, of any size."""
+        """Find objects in an image of any size, (H, W, 3) uint8, BGR."""
+        ...

@@ -1,4 +1,4 @@
-"""Detections drawn into their image with OpenCV: for videos, too, and the same for both engines."""
+"""Draw detections into their image with OpenCV, alike for both engines and for videos."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dr2net_d2.data.contact_sheet import label_colour
 from dr2net_d2.inference.detections import Detections
 
 LEGIBLE = 1024
-"""Px: images whose longer side is about 1 / s of it are drawn s times as large."""
+"""Side in pixels that small images are enlarged to, by a whole number."""
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
@@ -20,15 +20,16 @@ _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 def draw_detections(
     image: np.ndarray, detections: Detections, class_names: Sequence[str]
 ) -> np.ndarray:
-    """Draw masks, boxes, and labels beside the boxes, where they cover the least of all objects.
+    """Draw masks, boxes and labels; labels lie beside their boxes, where they cover the least.
 
     Args:
         image: (H, W, 3) uint8, BGR.
-        detections: in px of it.
-        class_names: by label.
+        detections: the objects of the image.
+        class_names: names of the categories, by label.
 
     Returns:
-        (s * H, s * W, 3) uint8, BGR; s is a whole number, 1 for large images.
+        (s * H, s * W, 3) uint8, BGR. The scale s is a whole number, about ``LEGIBLE`` over the
+        longer side of the image, and 1 for large images.
     """
     scale = max(1, round(LEGIBLE / max(image.shape[:2])))
     picture = image.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -45,14 +46,14 @@ def draw_detections(
     sizes = [cv2.getTextSize(text, _FONT, 0.42 * unit, round(unit))[0] for text in texts]
     margin = round(3 * unit)
     extents = [(width + 2 * margin, height + 2 * margin) for width, height in sizes]
-    places = place_labels(boxes, extents, (picture.shape[1], picture.shape[0]))
-    for (x, y), (width, height), text, colour in zip(places, extents, texts, colours, strict=True):
+    corners = place_labels(boxes, extents, (picture.shape[1], picture.shape[0]))
+    for (x, y), (width, height), text, colour in zip(corners, extents, texts, colours, strict=True):
         cv2.rectangle(picture, (x, y), (x + width - 1, y + height - 1), colour, cv2.FILLED)
         start = (x + margin, y + height - 1 - margin)
         ink = _BLACK if np.dot(colour, (0.11, 0.59, 0.30)) > 110 else _WHITE
         cv2.putText(picture, text, start, _FONT, 0.42 * unit, ink, round(unit), cv2.LINE_AA)
     for (x0, y0, x1, y1), colour in zip(boxes.tolist(), colours, strict=True):
-        # Around the object, and over the labels: neither hides a small one.
+        # Outlines go around the objects and over the labels, so that small objects stay visible.
         cv2.rectangle(picture, (x0 - 1, y0 - 1), (x1, y1), colour, max(1, round(1.5 * unit)))
     return picture
 
@@ -60,18 +61,18 @@ def draw_detections(
 def place_labels(
     boxes: np.ndarray, extents: Sequence[tuple[int, int]], size: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """A place for each label beside its box, where it covers the least.
+    """Choose a position for each label beside its box, where it covers the least.
 
     Args:
-        boxes: (n, 4) XYXY in px.
-        extents: (width, height) of each label in px.
-        size: (width, height) of the picture; labels stay within if they fit.
+        boxes: (n, 4) XYXY in pixels.
+        extents: (width, height) of each label, in pixels.
+        size: (width, height) of the picture, in pixels; labels that fit stay inside.
 
     Returns:
-        The upper left corner of each label; above its box where that is free.
+        The upper left corner of each label, which lies above its box if that is free.
     """
-    taken = boxes
-    places = []
+    occupied = boxes
+    chosen = []
     for (x0, y0, x1, y1), (width, height) in zip(boxes.tolist(), extents, strict=True):
         columns = (x0 - 1, x1 + 1 - width)
         corners = np.array(
@@ -81,12 +82,12 @@ def place_labels(
         extent = np.array([width, height])
         corners = np.clip(corners, 0, np.maximum(size - extent, 0))
         ends = corners + extent
-        starts = np.maximum(corners[:, None], taken[:, :2])
-        overlaps = (np.minimum(ends[:, None], taken[:, 2:]) - starts).clip(0).prod(axis=2)
+        starts = np.maximum(corners[:, None], occupied[:, :2])
+        overlaps = (np.minimum(ends[:, None], occupied[:, 2:]) - starts).clip(0).prod(axis=2)
         best = overlaps.sum(axis=1).argmin()
-        places.append((int(corners[best, 0]), int(corners[best, 1])))
-        taken = np.vstack([taken, [*corners[best], *ends[best]]])
-    return places
+        chosen.append((int(corners[best, 0]), int(corners[best, 1])))
+        occupied = np.vstack([occupied, [*corners[best], *ends[best]]])
+    return chosen
 
 
 def _tint(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> None:

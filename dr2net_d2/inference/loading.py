@@ -1,4 +1,4 @@
-"""A trained detector of either engine, from the config and the weights that a command names."""
+"""Load the trained detector of a config, with the engine that a command names."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from dr2net_d2.inference.detections import Predictor
 
 
 def open_config(args: argparse.Namespace) -> tuple[CfgNode, str]:
-    """The config of a command, checked, and its engine.
+    """The checked config of a command's arguments, and its engine, "detectron2" or "torchvision".
 
     Raises:
-        ConfigError: the config cannot be used, or names no weights or no device to use.
+        ConfigError: the config cannot be used, MODEL.WEIGHTS is empty, or MODEL.DEVICE cannot be
+            used here.
     """
     engine = choose_engine(args.engine)
     cfg = load_config(args.config_file, args.opts, engine)
@@ -37,11 +38,11 @@ def load_predictor(cfg: CfgNode, engine: str) -> Predictor:
     """The trained detector of a config, for single images.
 
     Args:
-        cfg: as ``open_config`` gives it.
+        cfg: a config of the engine with MODEL.WEIGHTS, such as ``open_config`` returns.
         engine: "detectron2" or "torchvision".
 
     Raises:
-        UserError: the config cannot be used, or its weights are not those of the whole detector.
+        UserError: the config cannot be used, or the weights lack a part of the detector.
     """
     if engine == "detectron2":
         from dr2net_d2.inference.detectron2 import Detectron2Predictor
@@ -53,7 +54,7 @@ def load_predictor(cfg: CfgNode, engine: str) -> Predictor:
 
 
 def load_model(cfg: CfgNode, engine: str) -> nn.Module:
-    """The detector itself, in evaluation mode on MODEL.DEVICE; see ``load_predictor``."""
+    """The same detector as a module, in evaluation mode on MODEL.DEVICE; see ``load_predictor``."""
     if engine == "detectron2":
         from dr2net_d2.d2.predictor import load_detector
     else:

@@ -1,4 +1,4 @@
-"""Frames in and pictures out through OpenCV: video files, cameras, a window."""
+"""Read frames and write or show pictures with OpenCV: video files, cameras, a window."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import numpy as np
 from dr2net_d2.errors import ConfigError, DatasetError
 
 CODECS = {".avi": "MJPG", ".mkv": "MJPG", ".mov": "mp4v", ".mp4": "mp4v"}
-"""Suffix -> codec of the videos that every build of OpenCV can write."""
+"""Suffix -> codec, of the videos that every build of OpenCV can write."""
 
 _WINDOW = "detections"
 
 
 class Frames:
-    """The frames of a video file or a camera, (H, W, 3) uint8, BGR; a context that releases it.
+    """The frames of a video file or a camera, (H, W, 3) uint8, BGR; a context that closes it.
 
     Args:
         source: a path, or the number of a camera.
 
     Attributes:
-        count: of the frames, as the file says; None if it does not.
-        rate: frames a second.
+        count: number of frames according to the file, None if unknown.
+        rate: frames per second.
 
     Raises:
-        DatasetError: there is no first frame, on entering.
+        DatasetError: on entering, if there is no first frame.
     """
 
     def __init__(self, source: Path | int) -> None:
@@ -40,11 +40,11 @@ class Frames:
         self.rate = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
 
     def __enter__(self) -> Frames:
-        found, self._first = self._capture.read()
-        if not found:
+        succeeded, self._first = self._capture.read()
+        if not succeeded:
             self._capture.release()
             raise DatasetError(
-                f"camera {self._source} gives no frame; connect it, or give another number"
+                f"camera {self._source} gives no frame; connect it, or choose another number"
                 if isinstance(self._source, int)
                 else f"{self._source}: not a readable video; restore the file"
             )
@@ -54,18 +54,21 @@ class Frames:
         self._capture.release()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        found, frame = True, self._first
-        while found:
+        succeeded, frame = True, self._first
+        while succeeded:
             yield frame
-            found, frame = self._capture.read()
+            succeeded, frame = self._capture.read()
 
 
 class VideoFile:
-    """A video that appears under its name when it is whole; a context.
+    """A video file to write; a context, on whose exit the complete file appears under its name.
 
     Args:
-        path: with a suffix of ``CODECS``.
-        rate: frames a second.
+        path: the file, with a suffix of ``CODECS``.
+        rate: frames per second.
+
+    Raises:
+        ConfigError: on the first ``write``, if the file cannot be written.
     """
 
     def __init__(self, path: Path, rate: float) -> None:
@@ -78,7 +81,7 @@ class VideoFile:
         return self
 
     def write(self, picture: np.ndarray) -> None:
-        """Append (H, W, 3) uint8, BGR; all of one size."""
+        """Append a picture, (H, W, 3) uint8, BGR; all must have the same size."""
         if self._writer is None:
             codec = cv2.VideoWriter.fourcc(*CODECS[self._path.suffix.lower()])
             size = (picture.shape[1], picture.shape[0])
@@ -103,23 +106,23 @@ class Window:
     """A window on the screen.
 
     Raises:
-        ConfigError: there is no screen, or OpenCV was built without windows.
+        ConfigError: there is no display, or OpenCV was built without windows.
     """
 
     def __init__(self) -> None:
-        # In a process of its own: Qt ends the one that asks for a window in vain.
+        # In another process, because Qt aborts the process if it cannot open a window.
         probe = "import cv2; cv2.namedWindow('probe'); cv2.destroyAllWindows()"
         if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode:
             raise ConfigError(
                 "no window can be opened here (no display, or an OpenCV without windows); write "
-                "files by --output"
+                "files with --output"
             )
 
     def show(self, picture: np.ndarray, wait: bool) -> bool:
-        """Show a picture, until a key is pressed if ``wait``.
+        """Show a picture; with ``wait``, until a key is pressed.
 
         Returns:
-            Whether to go on: False after Esc or q, or when the window was closed.
+            False if the user pressed Esc or q, or closed the window; else True.
         """
         cv2.namedWindow(_WINDOW, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
         cv2.imshow(_WINDOW, picture)
@@ -132,7 +135,7 @@ class Window:
 
 
 def write_image(path: Path, picture: np.ndarray) -> None:
-    """Write (H, W, 3) uint8, BGR, in the format of the suffix."""
+    """Write a picture, (H, W, 3) uint8, BGR, in the format of the suffix."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(cv2.imencode(path.suffix, picture)[1].tobytes())
     partial.replace(path)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-GB = 2**30
+from dr2net_d2.plan.comparison import GB, ArmPlan, Plan, SchedulePeak
 
-# Okabe and Ito's colours, greys for what every arm has.
+# The colours of Okabe and Ito; greys for what every arm has.
 _COLOURS = {
     "parameters": "0.35",
     "gradients": "0.55",
@@ -25,24 +24,24 @@ _COLOURS = {
 }
 
 
-def draw_plan(results: Mapping[str, Any], output_file: str | Path) -> Path:
+def draw_plan(plan: Plan, output_file: str | Path) -> Path:
     """Draw stacked bars of the parts of each arm's peak, and the peak over the schedule.
 
     Args:
-        results: as in plan.json.
-        output_file: the picture to write, a PNG.
+        plan: what to draw.
+        output_file: the PNG file to write.
 
     Returns:
         ``output_file`` as a path.
     """
-    setting = results["setting"]
+    setting = plan.setting
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
-    _draw_parts(left, results["arms"], setting["budget_gb"])
-    _draw_schedule(right, results["schedule"], setting["budget_gb"])
+    _draw_parts(left, plan.arms, setting.budget_gb)
+    _draw_schedule(right, plan.schedule, setting.budget_gb)
     figure.suptitle(
-        f"{Path(setting['config_file']).stem}: predicted peak of a training iteration, "
-        f"{setting['image_size']} px, batch {setting['batch_size']}",
+        f"{Path(setting.config_file).stem}: predicted peak of a training iteration, "
+        f"{setting.image_size} px, batch {setting.batch_size}",
         x=0.01,
         ha="left",
         fontweight="bold",
@@ -51,15 +50,16 @@ def draw_plan(results: Mapping[str, Any], output_file: str | Path) -> Path:
     return Path(output_file)
 
 
-def _draw_parts(axes: Axes, arms: Sequence[Mapping[str, Any]], budget: float) -> None:
-    names = [row["arm"] for row in arms]
+def _draw_parts(axes: Axes, arms: Sequence[ArmPlan], budget: float) -> None:
+    predictions = [arm.prediction for arm in arms]
+    names = [prediction.arm for prediction in predictions]
     starts = [0.0] * len(arms)
     for part, colour in _COLOURS.items():
-        sizes = [row["parts"][part] / GB for row in arms]
+        sizes = [prediction.parts[part] / GB for prediction in predictions]
         axes.barh(names, sizes, 0.6, left=starts, color=colour, label=part)
         starts = [start + size for start, size in zip(starts, sizes, strict=True)]
-    for place, end in enumerate(starts):
-        axes.text(end, place, f" {end:.3g} GB", va="center", fontsize=10)
+    for row, end in enumerate(starts):
+        axes.text(end, row, f" {end:.3g} GB", va="center", fontsize=10)
     axes.axvline(budget, color="black", ls="--", lw=1.2)
     axes.text(budget, -0.62, f"{budget:g} GB ", ha="right", va="center", fontsize=9)
     axes.set_xlim(0, 1.15 * max(budget, *starts))
@@ -69,12 +69,12 @@ def _draw_parts(axes: Axes, arms: Sequence[Mapping[str, Any]], budget: float) ->
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_schedule(axes: Axes, rows: Sequence[Mapping[str, Any]], budget: float) -> None:
-    peaks = [row["peak"] / GB for row in rows]
-    axes.plot(range(len(rows)), peaks, "o-", color=_COLOURS["streams"], lw=2)
+def _draw_schedule(axes: Axes, points: Sequence[SchedulePeak], budget: float) -> None:
+    peaks = [point.peak / GB for point in points]
+    axes.plot(range(len(points)), peaks, "o-", color=_COLOURS["streams"], lw=2)
     axes.axhline(budget, color="black", ls="--", lw=1.2)
     axes.text(0, budget, f"{budget:g} GB", va="bottom", fontsize=9)
-    axes.set_xticks(range(len(rows)), [f"{row['alpha']:.2g}\n{row['beta']:.2g}" for row in rows])
+    axes.set_xticks(range(len(points)), [f"{p.alpha:.2g}\n{p.beta:.2g}" for p in points])
     axes.set_xlabel("α and β of the schedule")
     axes.set_ylabel("peak / GB")
     axes.set_ylim(0, 1.15 * max(budget, *peaks))

@@ -1,10 +1,8 @@
 """How much memory will a training take? Counted on fake tensors: no GPU, nothing allocated.
 
-One iteration of the detector that the engine would train is run in the engine's order: forward with
-the gradients of the last iteration still there, backward, clipping, optimizer step. Every storage
-is followed from its creation to its end, under the part of the detector that created it.
-
-``plan`` is the command on top.
+One iteration of the detector that the engine would train is run in the engine's order: forward,
+while the gradients of the last iteration are still there, backward, clipping, optimizer step. Every
+storage is followed from its creation to its end, under a label for what created it.
 """
 
 from __future__ import annotations
@@ -21,7 +19,8 @@ from dr2net_d2.config import coefficient_schedule
 from dr2net_d2.core.coupling import stream_growth
 from dr2net_d2.core.stream_range import bits_for_growth
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.plan.dry_run import ARMS, ENGINES, PARTS, DryRun
+from dr2net_d2.plan.arms import ARMS
+from dr2net_d2.plan.dry_run import ENGINES, PARTS, DryRun
 
 ASSUMED = (
     "one GPU; square images; as many sampled anchors and boxes as the config allows, spread evenly "
@@ -38,14 +37,14 @@ class Prediction:
     """Memory of one training iteration, in bytes.
 
     Attributes:
-        arm: of ``ARMS``.
-        image_size: side of the square images in px.
+        arm: a name in ``ARMS``.
+        image_size: side of the square images, in pixels.
         batch_size: images on the GPU.
-        alpha, beta: the coefficients; (1, 0), the plain network, for arms without.
-        peak: everything.
-        parts: of ``PARTS``, at the peak; they sum to it.
+        alpha, beta: the coefficients; (1, 0), the plain network, for all arms but "dr2net".
+        peak: the highest sum of everything.
+        parts: what the peak consists of, by the labels of ``PARTS``.
         saved: by autograd for the backward, in the whole detector, without parameters.
-        beyond: the peak of all but parameters, gradients and optimizer state.
+        beyond: the peak without parameters, gradients and optimizer state.
     """
 
     arm: str
@@ -64,28 +63,31 @@ def predict(
     arm: str,
     image_size: int,
     batch_size: int = 1,
+    *,
     objects: int = 20,
     coefficients: tuple[float, float] | None = None,
     engine: str = "detectron2",
 ) -> Prediction:
-    """The memory of one iteration of the detector of a config.
+    """Predict the memory of one iteration of a config's detector.
 
-    Assumed are ``ASSUMED``; ``NOT_INCLUDED`` comes on top.
+    It holds under the assumptions of ``ASSUMED``, and does not include ``NOT_INCLUDED``.
 
     Args:
-        cfg: of the engine; checked, for torchvision's. Images are padded to whole strides, whatever
-            its MODEL.VIT.SQUARE_PAD.
-        arm: of ``ARMS``; the config's choice of backbone and MODEL.DR2NET.REVERSIBLE do not count.
-        image_size: px.
-        batch_size: images on this GPU, whatever SOLVER.IMS_PER_BATCH.
-        objects: in each image.
-        coefficients: (alpha, beta); by default those of the schedule that take the most memory.
+        cfg: a config of the engine; for torchvision, one that ``check_config`` has passed.
+            MODEL.VIT.SQUARE_PAD is ignored: images are padded to a multiple of the stride.
+        arm: a name in ``ARMS``, which decides on the backbone and MODEL.DR2NET.REVERSIBLE.
+        image_size: side of the square images, in pixels.
+        batch_size: images on this GPU; SOLVER.IMS_PER_BATCH is ignored.
+        objects: number of objects in each image.
+        coefficients: (alpha, beta); by default the pair of the schedule that takes the most memory.
         engine: "detectron2" or "torchvision".
 
     Raises:
-        ConfigError: a config that the engine cannot build, numbers below 1.
+        ConfigError: a number below 1, an unknown arm or engine, or a config that the engine cannot
+            build or the planner does not know.
     """
-    return Planner(cfg, arm, objects, engine).predict(image_size, batch_size, coefficients)
+    planner = Planner(cfg, arm, objects=objects, engine=engine)
+    return planner.predict(image_size, batch_size, coefficients)
 
 
 class Planner:
@@ -95,21 +97,25 @@ class Planner:
         cfg, arm, objects, engine: see ``predict``.
 
     Attributes:
-        stride: px that images are padded to whole multiples of.
-        side_step: px, the multiples in which sides are searched: of the stride and of 64.
+        stride: image sides are padded to a multiple of it, in pixels.
+        side_step: the step of a search over image sides, in pixels: the least common multiple of
+            the stride and 64.
+
+    Raises:
+        ConfigError: see ``predict``.
     """
 
     def __init__(
-        self, cfg: CfgNode, arm: str, objects: int = 20, engine: str = "detectron2"
+        self, cfg: CfgNode, arm: str, *, objects: int = 20, engine: str = "detectron2"
     ) -> None:
-        for name, value, known in (("arm", arm, ARMS), ("engine", engine, tuple(ENGINES))):
+        for name, value, known in (("arm", arm, tuple(ARMS)), ("engine", engine, ENGINES)):
             if value not in known:
                 raise ConfigError(f"{name} is {value!r}; use one of {known}")
-        _at_least_one("objects", objects)
+        _check_positive("number of objects", objects)
         self.arm = arm
         self.objects = objects
         self._cfg = cfg
-        self._run = DryRun(cfg, arm, engine)
+        self._run = DryRun(cfg, ARMS[arm], engine)
         self.stride = self._run.stride
         self.side_step = math.lcm(64, self.stride)
 
@@ -119,15 +125,27 @@ class Planner:
         batch_size: int = 1,
         coefficients: tuple[float, float] | None = None,
     ) -> Prediction:
-        _at_least_one("image size", image_size)
-        _at_least_one("batch size", batch_size)
+        """Predict one iteration; see the function ``predict``.
+
+        Raises:
+            ConfigError: a number below 1.
+        """
+        _check_positive("image size", image_size)
+        _check_positive("batch size", batch_size)
         alpha, beta = self._set(coefficients)
         live = self._run.iterate(image_size, batch_size, self.objects)
         parts = {part: live.peak_parts.get(part, 0) for part in PARTS}
         assert sum(parts.values()) == live.peak, live.peak_parts
-        saved = self._run.saved_bytes(image_size, batch_size, self.objects)
         return Prediction(
-            self.arm, image_size, batch_size, alpha, beta, live.peak, parts, saved, live.beyond
+            arm=self.arm,
+            image_size=image_size,
+            batch_size=batch_size,
+            alpha=alpha,
+            beta=beta,
+            peak=live.peak,
+            parts=parts,
+            saved=self._run.saved_bytes(image_size, batch_size, self.objects),
+            beyond=live.beyond,
         )
 
     def peak(
@@ -141,9 +159,10 @@ class Planner:
         return self._run.iterate(image_size, batch_size, self.objects).peak
 
     def flops(self, image_size: int) -> int:
-        """Floating-point operations of an image's products, recomputation in the backward included.
+        """Floating-point operations for one image, recomputation in the backward included.
 
-        Every chunk of attention is gone through, which takes minutes for images of 2000 px.
+        Matrix products and convolutions count. Every chunk of attention is run, which takes minutes
+        for images of 2000 px.
         """
         self._set(None)
         return self._run.flops(image_size, self.objects)
@@ -153,51 +172,54 @@ class Planner:
         return costliest(self._cfg)
 
     def _set(self, coefficients: tuple[float, float] | None) -> tuple[float, float]:
-        pair = (1.0, 0.0) if self.arm != "dr2net" else coefficients or self._costliest
+        pair = (1.0, 0.0)
+        if ARMS[self.arm].reversible:
+            pair = coefficients or self._costliest
         self._run.set_coefficients(*pair)
         return pair
 
 
 def largest_fitting(
-    peak: Callable[[int], int], budget: int, most: int, power: int = 1, known: int = 1
+    peak: Callable[[int], int], budget: int, *, maximum: int, power: int = 1, first: int = 1
 ) -> int:
-    """The largest n from 1 to ``most`` with peak(n) <= budget; 0 if there is none.
+    """The largest n from 1 to ``maximum`` with peak(n) <= budget; 0 if there is none.
 
-    Both that n and n + 1 have been looked at. Where to look follows from a line through the
-    nearest known points, which for ``peak(n) = a + b * n ** power`` takes four looks.
+    Both that n and n + 1 are evaluated, so the answer does not rest on interpolation. Where to
+    evaluate follows from a line through the two points nearest to the budget; for
+    ``peak(n) = a + b * n ** power`` that takes about four evaluations.
 
     Args:
-        peak: does not fall with n.
+        peak: bytes, must not fall with n.
         budget: bytes.
-        most: where to stop.
-        power: of n that peak is about linear in.
-        known: an n whose peak is cheap, to begin with.
+        maximum: where the search stops.
+        power: the power of n that the peak is about linear in.
+        first: the n to evaluate first.
     """
-    fitting, excess = 0, most + 1
-    seen: dict[int, int] = {}
-    guess = min(known, most)
-    for look in range(1, 2 + 2 * most):
+    fitting, excess = 0, maximum + 1
+    peaks: dict[int, int] = {}
+    guess = min(first, maximum)
+    for evaluation in range(1, 2 + 2 * maximum):
         if excess - fitting == 1:
             break
-        seen[guess] = peak(guess)
-        if seen[guess] <= budget:
+        peaks[guess] = peak(guess)
+        if peaks[guess] <= budget:
             fitting = guess
         else:
             excess = guess
-        points = sorted(seen, key=lambda n: abs(seen[n] - budget))[:2]
+        nearest = sorted(peaks, key=lambda n: abs(peaks[n] - budget))[:2]
         guess = (fitting + excess) // 2
-        if len(points) == 1:
-            guess = points[0] + 1 if fitting else points[0] // 2
-        elif (look < 4 or look % 2) and (slope := seen[points[0]] - seen[points[1]]):
-            steepness = (points[0] ** power - points[1] ** power) / slope
-            target = points[0] ** power + (budget - seen[points[0]]) * steepness
+        if len(nearest) == 1:
+            guess = nearest[0] + 1 if fitting else nearest[0] // 2
+        elif (evaluation < 4 or evaluation % 2) and (rise := peaks[nearest[0]] - peaks[nearest[1]]):
+            run = nearest[0] ** power - nearest[1] ** power
+            target = nearest[0] ** power + (budget - peaks[nearest[0]]) * (run / rise)
             guess = int(max(target, 0) ** (1 / power))
         guess = min(max(guess, fitting + 1), excess - 1)
     return fitting
 
 
 def pairs_of_schedule(cfg: CfgNode) -> list[tuple[float, float]]:
-    """The (alpha, beta) that a training passes, one for each beta: that of the largest alpha.
+    """The (alpha, beta) of a config's schedule: for each beta, the pair with the largest alpha.
 
     Memory depends on alpha only where alpha + beta > 1 lets the streams grow.
     """
@@ -209,9 +231,10 @@ def pairs_of_schedule(cfg: CfgNode) -> list[tuple[float, float]]:
 
 
 def training_side(cfg: CfgNode) -> int:
-    """Side in px of the square images that a training goes through.
+    """Side of the square images that a config trains on, in pixels.
 
-    INPUT.LSJ's crop; with INPUT.TILES what its tiles are at most resized to; MODEL.VIT.IMG_SIZE.
+    It is the crop of INPUT.LSJ if that is enabled, else the largest size that the tiles of
+    INPUT.TILES are resized to, else MODEL.VIT.IMG_SIZE.
     """
     data = cfg.INPUT
     if data.LSJ.ENABLED:
@@ -223,7 +246,10 @@ def training_side(cfg: CfgNode) -> int:
 
 
 def costliest(cfg: CfgNode) -> tuple[float, float]:
-    """The pair of the schedule that keeps the most bits for the inverse; the first such one."""
+    """The pair of the schedule that takes the most memory: it keeps the most bits for the inverse.
+
+    The first of several such pairs.
+    """
     steps = 2 * cfg.MODEL.VIT.DEPTH
     exact = cfg.MODEL.DR2NET.ARITHMETIC == "exact"
 
@@ -233,14 +259,15 @@ def costliest(cfg: CfgNode) -> tuple[float, float]:
             return 32 * steps
         if not exact:
             return 0
-        # Each step keeps its share of beta's, and what the scales of its ends differ by.
+        # Each step keeps the bits of beta's denominator, and those that the scale changes by
+        # between its oldest and its newest stream.
         k = bits_for_growth([stream_growth(alpha, beta)] * steps)
-        shares = Fraction(beta).denominator.bit_length() - 1
-        return shares * steps + sum(k[max(i - 2, 0)] - k[i] for i in range(1, steps + 1))
+        remainder = Fraction(beta).denominator.bit_length() - 1
+        return remainder * steps + sum(k[max(i - 2, 0)] - k[i] for i in range(1, steps + 1))
 
     return max(pairs_of_schedule(cfg), key=bits)
 
 
-def _at_least_one(name: str, number: int) -> None:
+def _check_positive(name: str, number: int) -> None:
     if number < 1:
         raise ConfigError(f"the {name} is {number}; it must be at least 1")

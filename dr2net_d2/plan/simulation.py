@@ -1,11 +1,11 @@
 """Detectors on fake tensors: shapes and lifetimes of everything a GPU would hold, nothing computed.
 
-A fake CPU tensor stands for one on a GPU: torch cannot differentiate fake CUDA tensors on a machine
-without one. Two things that follow from the device or from values are made up for:
+Fake CPU tensors stand in for tensors on a GPU, because torch cannot differentiate fake CUDA tensors
+on a machine without a GPU. Two modes supply what depends on the device or on values:
 
-* ``CudaAutocast``: what autocast computes in float32 on a GPU and not on a CPU.
-* ``DefiniteSizes``: how many anchors, proposals and boxes a mask selects. They follow a rule that
-  the planner of an engine gives for each place.
+* ``CudaAutocast``: which operations autocast computes in float32 on a GPU but not on a CPU.
+* ``DefiniteSizes``: how many anchors, proposals and boxes a mask selects. Each engine sets a rule
+  for the code that evaluates the mask.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from dr2net_d2.core.memory import tensors_in
 aten = torch.ops.aten
 
 Rule = Callable[[Tensor], int]
-"""A boolean tensor -> how many of its elements are taken to be true."""
+"""A boolean tensor -> the number of its elements that are assumed to be true."""
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules that are built inside have parameters without storage; everything else is real."""
+    """Build modules with parameters on the meta device, and everything else real."""
 
-    def moved(module: nn.Module, name: str, parameter: Any) -> Any:
+    def move(module: nn.Module, name: str, parameter: Any) -> Any:
         if not isinstance(parameter, nn.Parameter):
             return None
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(moved)
+    handle = register_module_parameter_registration_hook(move)
     try:
         yield
     finally:
@@ -50,9 +50,10 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def differentiate(loss: Tensor) -> None:
-    """``loss.backward()``, with the function modes as they are.
+    """``loss.backward()`` with function modes left in force.
 
-    Those of torch are functions that a mode is told of, and out of force inside.
+    ``Tensor.backward`` and ``torch.autograd.backward`` are themselves handed to a function mode, so
+    the mode does not see what happens inside them, such as recomputation.
     """
     Variable._execution_engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True
@@ -62,12 +63,11 @@ def differentiate(loss: Tensor) -> None:
 class DefiniteSizes(TorchDispatchMode):
     """Gives the results of data-dependent operations on fake tensors a definite size or value.
 
-    Truth values are true and numbers 1; masks select as many elements as the rule of the place
-    says, all unless told; non-maximum suppression keeps every box; all values are the same one
-    where distinct ones are asked for. Operations on real tensors alone, such as image sizes and
-    the boxes of the ground truth, are done.
+    A scalar is true or 1. A mask selects as many elements as the rule in force says, by default all
+    of them. Non-maximum suppression keeps every box; ``unique`` finds a single value. Operations on
+    real tensors alone, such as image sizes and ground-truth boxes, are executed.
 
-    To be entered within ``FakeTensorMode(allow_non_fake_inputs=True)``.
+    Enter it within ``FakeTensorMode(allow_non_fake_inputs=True)``.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class DefiniteSizes(TorchDispatchMode):
 
     @contextmanager
     def within(self, rule: Rule) -> Iterator[None]:
-        """Masks that are evaluated inside follow ``rule``, but never beyond their size."""
+        """Let the masks that are evaluated inside follow a rule, up to their size."""
         outer, self._rule = self._rule, rule
         try:
             yield
@@ -84,10 +84,10 @@ class DefiniteSizes(TorchDispatchMode):
             self._rule = outer
 
     def during(self, owner: Any, method: str, rule: Rule) -> None:
-        """Apply ``within`` to every call of a method of one object, for good."""
+        """Let a rule apply during every call of a method of one object, from now on."""
         inner = getattr(owner, method)
 
-        @wraps(inner, assigned=())  # with the attributes of a callable object
+        @wraps(inner, assigned=())  # keeps the attributes of a callable object
         def outer(*args: Any, **kwargs: Any) -> Any:
             with self.within(rule):
                 return inner(*args, **kwargs)
@@ -95,13 +95,13 @@ class DefiniteSizes(TorchDispatchMode):
         setattr(owner, method, outer)
 
     @staticmethod
-    def even(parts: int) -> Rule:
-        """A rule for masks that come one after another, ``parts`` of them sharing all elements."""
-        turn = itertools.cycle(range(parts))
+    def even(count: int) -> Rule:
+        """A rule for ``count`` masks in turn, which split the elements evenly between them."""
+        turn = itertools.cycle(range(count))
 
         def rule(mask: Tensor) -> int:
             i, size = next(turn), mask.numel()
-            return size * (i + 1) // parts - size * i // parts
+            return size * (i + 1) // count - size * i // count
 
         return rule
 
@@ -120,7 +120,7 @@ class DefiniteSizes(TorchDispatchMode):
         if func is aten.nonzero.default:
             return self._nonzero(args[0])
         if func is aten.masked_select.default:
-            return args[0].new_empty(self._hits(args[1]))
+            return args[0].new_empty(self._count(args[1]))
         if func is aten._local_scalar_dense.default:
             return {torch.bool: True}.get(args[0].dtype, 1)
         if func is aten.equal.default:
@@ -132,11 +132,11 @@ class DefiniteSizes(TorchDispatchMode):
             return args[0].new_empty(len(args[0]), dtype=torch.int64)
         return func(*args, **kwargs)
 
-    def _hits(self, mask: Tensor) -> int:
+    def _count(self, mask: Tensor) -> int:
         return min(mask.numel(), self._rule(mask))
 
     def _nonzero(self, mask: Tensor) -> Tensor:
-        return mask.new_empty((self._hits(mask), mask.dim()), dtype=torch.int64)
+        return mask.new_empty((self._count(mask), mask.dim()), dtype=torch.int64)
 
     def _integers(self, indices: list[Any]) -> list[Any]:
         whole: list[Any] = []
@@ -153,7 +153,7 @@ _PUTS = {
 
 
 def _is_fake(tensor: Tensor) -> bool:
-    # In this order, as asking a tensor for an attribute is slow within a function mode.
+    # In this order, because reading a tensor's attribute is slow within a function mode.
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
@@ -164,8 +164,9 @@ def _is_mask(index: Any) -> bool:
 class CudaAutocast(TorchFunctionMode):
     """Within autocast, computes in float32 what a GPU's autocast does and a CPU's does not.
 
-    It sees calls of functions and methods, not what they are made of: a function that is composed
-    of others is listed itself. Recomputations in a backward are seen in that of ``differentiate``.
+    The mode sees calls of torch functions and methods but not the operations inside them, so that a
+    composite function is listed by its own name. Recomputation in a backward is only seen if
+    ``differentiate`` runs it.
     """
 
     def __torch_function__(
@@ -176,7 +177,7 @@ class CudaAutocast(TorchFunctionMode):
         if name not in _FLOAT32 or not torch.is_autocast_enabled("cpu"):
             return func(*args, **kwargs)
         if name in _SOFTMAX and args[0].dtype == torch.float16:
-            # Reads half precision and writes single, without a copy between.
+            # The kernel reads half precision and writes single, without a copy in between.
             dim = kwargs["dim"] if "dim" in kwargs else args[1]
             return _SOFTMAX[name](args[0], dim, True)
         if name in _WITH_DTYPE:
@@ -189,8 +190,8 @@ class CudaAutocast(TorchFunctionMode):
 
 _SOFTMAX = {"softmax": aten._softmax, "log_softmax": aten._log_softmax}
 _WITH_DTYPE = {*_SOFTMAX, "sum", "prod", "cumsum"}
-# Of https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32", what
-# detectors call.
+# The operations that detectors call, from "CUDA Ops that can autocast to float32" of
+# https://docs.pytorch.org/docs/stable/amp.html.
 _FLOAT32 = _WITH_DTYPE | {
     *("layer_norm", "group_norm", "pow", "__pow__", "exp", "log", "rsqrt", "reciprocal", "norm"),
     *("binary_cross_entropy_with_logits", "cross_entropy", "nll_loss"),

@@ -57,8 +57,7 @@ def errors(seed: int, functions: float = 1.0, channel: float = 1.0) -> tuple[flo
     for index in range(len(vit.blocks)):
         vit.blocks.add_module(str(index), Scaled(vit.blocks[index], functions))
     image = torch.randn(1, 3, 64, 64)
-    arms = ("exact", "plain")
-    exact, plain = measure(vit, image, 0.5, 0.5, torch.float64, seed, arms)
+    exact, plain = measure(vit, image, 0.5, 0.5, seed=seed, arms=("exact", "plain"))
     return exact["gradient_error"], plain["gradient_error"]
 
 

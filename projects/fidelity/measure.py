@@ -34,7 +34,7 @@ BETAS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 7 / 8, 15 / 16, 1)
 # The literature starts at alpha = 1 with a small beta.
 GRID = [*((1 - beta, beta) for beta in BETAS), (1.0, 1 / 8)]
 DEFAULT_SCHEDULE = schedule_pairs(CoefficientSchedule(), 1000)
-THINNED_SCHEDULE = schedule_pairs(CoefficientSchedule(), 1000, most=5)
+THINNED_SCHEDULE = schedule_pairs(CoefficientSchedule(), 1000, maximum=5)
 
 Model = Callable[[], tuple[Dr2NetViT, Tensor]]
 
@@ -193,7 +193,7 @@ def main() -> None:
         vit, image = series.make()
         reference = choose_reference(vit, image)
         for alpha, beta in missing:
-            rows = measure(vit, image, alpha, beta, reference.dtype, SEED)
+            rows = measure(vit, image, alpha, beta, reference=reference.dtype, seed=SEED)
             common = {"series": name, "reference": reference.name}
             results["rows"] += [{**common, **row} for row in rows]
             save(results)

@@ -35,7 +35,9 @@ def ask(work: Work, arm: str, beta: float | None = BETA) -> Prediction:
     cfg.SOLVER.AMP.ENABLED = work.precision == "bf16"
     cfg.MODEL.DR2NET.ARITHMETIC = "float" if arm == "dr2net-float" else "exact"
     coefficients = None if beta is None else (1 - beta, beta)
-    return predict(cfg, PLANNED[arm], work.size, work.batch, work.objects, coefficients)
+    return predict(
+        cfg, PLANNED[arm], work.size, work.batch, objects=work.objects, coefficients=coefficients
+    )
 
 
 def predict_missing(folder: Path = HERE) -> None:

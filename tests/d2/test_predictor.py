@@ -86,7 +86,7 @@ def test_predictors_use_the_weights_their_coefficients_and_the_channel_order(
 
 def test_our_predictor_knows_its_categories_and_gives_arrays(trained, tmp_path, canvas):
     opts, model = trained
-    predictor = Predictor(tiny_cfg(tmp_path, *opts))
+    predictor = Detectron2Predictor(tiny_cfg(tmp_path, *opts))
     assert predictor.class_names == tuple("0123456789")
     image = np.ascontiguousarray(canvas[:64, :64])
     found, expected = predictor.detect(image), by_hand(model, image)

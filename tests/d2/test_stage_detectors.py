@@ -19,8 +19,8 @@ from dr2net_d2.d2 import Dr2NetCheckpointer, build_detector, run
 from dr2net_d2.d2.detector import LeanRPN
 from dr2net_d2.errors import ConfigError, WeightsError
 from dr2net_d2.fidelity import __main__ as fidelity
+from dr2net_d2.plan import ARMS, predict
 from dr2net_d2.plan.dry_run import DryRun
-from dr2net_d2.plan.planner import predict
 from dr2net_d2.plan.simulation import parameters_on_meta
 from dr2net_d2.training.optimizer import build_optimizer, parameter_groups
 from tests.d2 import tiny
@@ -248,7 +248,7 @@ def test_a_real_iteration_takes_what_is_predicted(tmp_path, name, heads):
 def test_checkpoints_are_planned_around_the_blocks_of_every_stage(tmp_path):
     cfg = config(tmp_path, "swin")
     stock, checkpointed = (
-        DryRun(cfg, arm, "detectron2").saved_bytes(128, 1, objects=6)
+        DryRun(cfg, ARMS[arm], "detectron2").saved_bytes(128, 1, objects=6)
         for arm in ("stock", "stock + checkpoint")
     )
     assert checkpointed < 0.7 * stock

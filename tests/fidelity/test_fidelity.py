@@ -1,4 +1,4 @@
-"""The fidelity command on the quickstart's ViT at small sizes, and the functions below it."""
+"""The fidelity command and its functions, on small images with the quickstart's ViT."""
 
 import json
 import sys
@@ -176,7 +176,7 @@ def test_the_coefficients_that_a_training_passes_through():
     convex = CoefficientSchedule()
     assert gradients.schedule_pairs(convex, 1000)[0] == (15 / 16, 1 / 16)
     assert gradients.schedule_pairs(convex, 1000)[-1] == (1 / 2, 1 / 2)
-    thinned = gradients.schedule_pairs(convex, 1000, most=4)
+    thinned = gradients.schedule_pairs(convex, 1000, maximum=4)
     assert [beta for _, beta in thinned] == [1 / 16, 3 / 16, 6 / 16, 8 / 16]
     assert gradients.schedule_pairs(CoefficientSchedule("constant"), 10) == [(0.5, 0.5)]
     alternating = CoefficientSchedule("alternating", updates=10)
@@ -189,17 +189,17 @@ def test_the_coefficients_that_a_training_passes_through():
 def test_checkpointing_is_the_plain_network(beta, options):
     vit, image = small_vit(**options), torch.randn(2, 3, 32, 32)
     projection = torch.randn(2, 24, 4, 4)
-    found = {
+    results = {
         arm: gradients.differentiate(vit, image, projection, arm, 1 - beta, beta)
         for arm in ("plain", "checkpointing")
     }
-    pairs = zip(found["plain"].gradients, found["checkpointing"].gradients, strict=True)
+    pairs = zip(results["plain"].gradients, results["checkpointing"].gradients, strict=True)
     assert all(torch.equal(plain, checkpointed) for plain, checkpointed in pairs)
-    # Per block one stream, or two where the older one counts; the image; nothing else but the end.
+    # The image, and one stream for each block, or two if the older stream counts.
     stream, blocks = 4 * 2 * 16 * 24, 3
     states = blocks if beta == 0 else 2 * blocks
     states -= beta > 0 and not options  # the copied first state is the input itself
-    assert found["checkpointing"].saved_bytes == image.nbytes + stream * states
+    assert results["checkpointing"].saved_bytes == image.nbytes + stream * states
 
 
 def test_the_peak_is_known_without_computing():
@@ -218,8 +218,8 @@ def test_measuring_repeats_whatever_came_before():
 
 def test_relative_error_over_all_gradients():
     reference = [torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])]
-    found = [torch.tensor([3.0]), torch.tensor([[1.0, 4.0]])]
-    assert gradients.relative_error(found, reference) == pytest.approx(1 / 5)
+    wrong = [torch.tensor([3.0]), torch.tensor([[1.0, 4.0]])]
+    assert gradients.relative_error(wrong, reference) == pytest.approx(1 / 5)
 
 
 def test_the_packaged_weights_are_what_is_loaded():

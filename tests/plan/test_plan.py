@@ -1,4 +1,4 @@
-"""The memory planner on the quickstart, with torchvision's detector, and its search."""
+"""The memory planner with torchvision's detector of the quickstart, and its search."""
 
 import json
 from pathlib import Path
@@ -16,17 +16,13 @@ from dr2net_d2.core import attention_kernels
 from dr2net_d2.core.attention_kernels import planned_for
 from dr2net_d2.core.memory import count_saved_bytes, peak_tensor_bytes
 from dr2net_d2.errors import ConfigError
+from dr2net_d2.plan import ARMS, Planner, Prediction, comparison, dry_run, predict
 from dr2net_d2.plan import __main__ as plan
-from dr2net_d2.plan import dry_run
+from dr2net_d2.plan.dry_run import PARTS
 from dr2net_d2.plan.planner import (
-    ARMS,
-    PARTS,
-    Planner,
-    Prediction,
     costliest,
     largest_fitting,
     pairs_of_schedule,
-    predict,
     training_side,
 )
 from dr2net_d2.plan.simulation import CudaAutocast
@@ -53,18 +49,18 @@ def small(*words):
     return cfg
 
 
-def found(arm="dr2net", side=128, batch=1, words=(), **options):
+def predicted(arm="dr2net", side=128, batch=1, words=(), **options):
     return predict(small(*words), arm, side, batch, engine="torchvision", **options)
 
 
 def command(*words, options=()):
-    given = ["--config-file", QUICKSTART, "--engine", "torchvision", "--output", "out"]
-    return plan.main([*given, *options, *SMALL, *words])
+    argv = ["--config-file", QUICKSTART, "--engine", "torchvision", "--output", "out"]
+    return plan.main([*argv, *options, *SMALL, *words])
 
 
 def test_parameters_gradients_and_state_by_hand():
     for optimizer, copies in (("AdamW", 2), ("SGD", 1)):
-        prediction = found(words=["SOLVER.OPTIMIZER", optimizer])
+        prediction = predicted(words=["SOLVER.OPTIMIZER", optimizer])
         parameters = sum(p.numel() for p in build_model(small()).parameters())
         assert prediction.parts["parameters"] == 4 * parameters
         assert prediction.parts["gradients"] <= 4 * parameters
@@ -110,7 +106,8 @@ def test_a_real_iteration_takes_what_is_predicted():
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
-    prediction = predict(cfg, "dr2net", 128, 2, 20, (0.5, 0.5), engine="torchvision")
+    options = {"objects": 20, "coefficients": (0.5, 0.5), "engine": "torchvision"}
+    prediction = predict(cfg, "dr2net", 128, 2, **options)
     assert prediction.saved == pytest.approx(saved.total, rel=0.001)
     assert prediction.beyond == pytest.approx(live.beyond, rel=0.05)
 
@@ -120,7 +117,7 @@ def test_it_grows_with_the_side_and_the_batch_and_shrinks_with_the_arm():
     sides = [planner.peak(side) for side in (128, 192)]
     batches = [planner.peak(128, batch) for batch in (1, 2)]
     assert sides[0] < sides[1] and sides[0] == batches[0] < batches[1]
-    saved = [found(arm, words=["MODEL.VIT.DEPTH", "3"]).saved for arm in ARMS]
+    saved = [predicted(arm, words=["MODEL.VIT.DEPTH", "3"]).saved for arm in ARMS]
     assert saved == sorted(saved, reverse=True)
     assert saved[3] < saved[0] / 2
 
@@ -138,7 +135,7 @@ def test_a_few_chunks_of_attention_stand_for_all(monkeypatch):
 
 
 def test_arithmetic_by_hand():
-    """What a deeper ViT adds: 16 x 16 tokens, 96 wide; forward once or twice, backward twice."""
+    """A block more: 16 x 16 tokens of width 96; one or two forwards, a backward of two each."""
     tokens, width = 16 * 16, 96
     dense = 2 * tokens * 12 * width**2
     attention = 2 * 2 * tokens**2 * width
@@ -151,42 +148,43 @@ def test_arithmetic_by_hand():
         )
         ideal = (forwards + 2) * (dense + attention + positions)
         if arm == "dr2net":
-            # The fused kernel's queries are wider by the 16 + 16 positions, of heads 32 wide, and
-            # its backward makes their products again.
+            # With the fused kernel, queries of width 32 are extended by 16 + 16 positions, and the
+            # backward computes the logits again.
             assert ideal < deep - shallow < 2.2 * ideal
         else:
-            # A checkpoint ends before the last product, whose result nobody needs again.
+            # A checkpoint stops recomputing before the last product, which no gradient needs.
             last = (forwards - 1) * 2 * tokens * 4 * width**2
             assert deep - shallow == ideal - last
 
 
 def test_half_precision_halves_what_is_saved():
     single, half = (
-        found("stock", words=["SOLVER.AMP.ENABLED", enabled]).saved for enabled in ("False", "True")
+        predicted("stock", words=["SOLVER.AMP.ENABLED", enabled]).saved
+        for enabled in ("False", "True")
     )
     assert single / 2 < half < 0.9 * single
 
 
 def test_streams_and_remainder_bits_by_hand():
-    # The peak is in the backward of the first block's wide MLP: of 16 x 16 tokens with 96 channels,
-    # the two states, a gradient, and the remainder of the one step that is left.
+    # The peak lies in the backward of the first block's wide MLP. There are two states and a
+    # gradient, each of 16 x 16 tokens with 96 channels, and the remainder of one last step.
     words = ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "1", "MODEL.VIT.MLP_RATIO", "64.0"]
     elements = 16 * 16 * 96
     for beta, bits in ((1 / 2, 1), (1 / 4, 2), (1 / 16, 4)):
-        parts = found(words=words, coefficients=(1 - beta, beta)).parts
+        parts = predicted(words=words, coefficients=(1 - beta, beta)).parts
         assert parts["remainder bits"] == elements * bits // 8
         assert parts["streams"] == pytest.approx(3 * 4 * elements, abs=200)
         assert parts["activations"] > 2 * 4 * 64 * elements
 
 
-def test_the_pair_of_the_schedule_that_keeps_most():
+def test_the_pair_of_the_schedule_that_takes_the_most_memory():
     def pairs(*words):
         cfg = small(*words)
         return pairs_of_schedule(cfg), costliest(cfg)
 
-    convex, most = pairs()
+    convex, costly = pairs()
     assert [beta for _, beta in convex] == [i / 16 for i in range(1, 9)]
-    assert most == (15 / 16, 1 / 16)
+    assert costly == (15 / 16, 1 / 16)
     assert pairs("MODEL.DR2NET.SCHEDULE.START_BETA", "0.0")[1] == (1.0, 0.0)
     assert pairs("MODEL.DR2NET.SCHEDULE.KIND", "constant") == ([(0.5, 0.5)], (0.5, 0.5))
     cfg = small("MODEL.DR2NET.SCHEDULE.KIND", "alternating", "MODEL.DR2NET.SCHEDULE.UPDATES", "3")
@@ -199,9 +197,9 @@ def test_the_pair_of_the_schedule_that_keeps_most():
 
 
 @pytest.mark.parametrize("power", [1, 2, 4])
-@pytest.mark.parametrize("known", [1, 16, 100])
+@pytest.mark.parametrize("first", [1, 16, 100])
 @pytest.mark.parametrize("assumed", [1, 2])
-def test_the_search_finds_the_edge(power, known, assumed):
+def test_the_search_finds_the_edge(power, first, assumed):
     for edge in (0, 1, 2, 15, 16, 17, 63, 99, 100):
         looks = []
 
@@ -210,7 +208,7 @@ def test_the_search_finds_the_edge(power, known, assumed):
             return 1000 + 7 * n**power
 
         budget = 1000 + 7 * edge**power + (3 if edge else -1)
-        assert largest_fitting(peak, budget, 100, assumed, known) == edge
+        assert largest_fitting(peak, budget, maximum=100, power=assumed, first=first) == edge
         assert len(looks) == len(set(looks)) <= 15
         if 0 < edge < 100:
             assert {edge, edge + 1} <= set(looks)
@@ -231,8 +229,8 @@ def test_cuda_autocast_in_float32_and_only_within_autocast():
 
 def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(plan, "ARMS", ("stock", "dr2net"))
-    monkeypatch.setattr(plan, "LONGEST_SIDE", 192)
-    monkeypatch.setattr(plan, "LARGEST_BATCH", 2)
+    monkeypatch.setattr(comparison, "LONGEST_SIDE", 192)
+    monkeypatch.setattr(comparison, "LARGEST_BATCH", 2)
     words = ["MODEL.DR2NET.SCHEDULE.UPDATES", "2"]
     parameters = sum(p.nbytes for p in build_model(small()).parameters())
     budget = (4 * parameters + 16 * 2**20) / 2**30
@@ -271,7 +269,7 @@ def test_the_side_that_a_training_goes_through(words, side):
 
 def test_the_command_on_tiles(monkeypatch, capsys):
     class Linear:
-        """Takes 4 KB a pixel."""
+        """Stands in for a planner: 4 KB per pixel."""
 
         stride, side_step = 16, 64
 
@@ -291,8 +289,8 @@ def test_the_command_on_tiles(monkeypatch, capsys):
     results = json.loads(Path("out/plan.json").read_text())
     assert (results["setting"]["tile_size"], results["setting"]["image_size"]) == (200, 64)
     out = capsys.readouterr().out
-    assert "200 px tiles, which come into the network with 64 px" in out
-    assert "Of whole images, dr2net fits 2496 px into 24 GB" in out
+    assert "200 px tiles, which enter the network at 64 px" in out
+    assert "With whole images, dr2net fits 2496 px into 24 GB" in out
 
 
 @pytest.mark.parametrize(
