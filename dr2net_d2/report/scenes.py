@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
+from dr2net_d2.evaluation import CLASSIFICATION, DUPLICATE, Errors, GroundTruth, Table
 from dr2net_d2.inference import place_labels
 
 # Okabe and Ito's colours; the lines differ as well.
@@ -65,6 +66,58 @@ class Scene:
         inside = (centres >= corners[:, None]) & (centres < corners[:, None] + size)
         x, y = corners[inside.all(axis=2).sum(axis=1).argmax()].astype(int).tolist()
         return x, y, int(size[0]), int(size[1])
+
+
+def make_scene(
+    pixels: np.ndarray,
+    position: int,
+    errors: Errors,
+    truth: GroundTruth,
+    results: Table,
+    minimum_score: float,
+) -> Scene:
+    """Show the errors in an image, with the detections from a minimum score on.
+
+    Args:
+        pixels: ``(H, W, 3)`` uint8, RGB.
+        position: of the image in the ground truth.
+        errors, truth, results: of the same evaluation.
+        minimum_score: detections with lower scores are left out.
+    """
+    objects, matches = truth.objects, errors.matches
+    g = np.flatnonzero(objects.image == position)
+    d = np.flatnonzero(
+        (results.image == position) & matches.wrong & (results.score >= minimum_score)
+    )
+    confused, duplicate = (d[errors.kind[d] == kind] for kind in (CLASSIFICATION, DUPLICATE))
+    others = np.setdiff1d(d, [*confused, *duplicate])
+    matched = errors.matched_score[g] >= minimum_score
+    # An object that is taken for another class is shown by the detection alone.
+    missed = np.setdiff1d(g[matches.to_find[g] & ~matched], errors.target[confused])
+    regions = truth.regions[truth.region_image == position]
+
+    def class_names(rows: np.ndarray, table: Table) -> list[str]:
+        return [truth.classes[k] for k in table.category[rows].tolist()]
+
+    actual = class_names(errors.target[confused], objects)
+    predicted = class_names(confused, results)
+    return Scene(
+        pixels=pixels,
+        boxes={
+            "ignored": np.concatenate([objects.xywh[g[matches.truth_ignored[g]]], regions]),
+            "found": objects.xywh[g[matches.to_find[g] & matched]],
+            "missed": objects.xywh[missed],
+            "wrong class": results.xywh[confused],
+            "false positive": results.xywh[others],
+            "duplicate": results.xywh[duplicate],
+        },
+        captions={
+            "missed": class_names(missed, objects),
+            "wrong class": [f"{a} → {b}" for a, b in zip(actual, predicted, strict=True)],
+            "false positive": class_names(others, results),
+            "duplicate": class_names(duplicate, results),
+        },
+    )
 
 
 def draw_scene(scene: Scene, window: tuple[int, int, int, int], longest: int) -> np.ndarray:

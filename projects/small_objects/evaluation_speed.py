@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from dr2net_d2.evaluation import PROTOCOLS
-from dr2net_d2.evaluation.counting import Counts
+from dr2net_d2.evaluation.counting import count
 from dr2net_d2.evaluation.tables import read_results, read_truth
 
 SEED = 0
@@ -92,7 +92,7 @@ def evaluate_ours(file: str, results: list[dict[str, Any]]) -> tuple[dict[str, f
     truth = read_truth(file)
     table = read_results(results, truth)
     loaded = time.perf_counter()
-    counts = Counts(truth, table, PROTOCOL)
+    counts = count(truth, table, PROTOCOL)
     parts = {"loading": loaded - started, "counting": time.perf_counter() - loaded}
     return parts, {name: getattr(counts, name) for name in ARRAYS}
 

@@ -79,7 +79,7 @@ def test_each_kind_by_hand(scene):
         *("both", "background", "background", ""),
     ]
     assert errors.target.tolist() == [-1, 0, 1, 1, -1, -1, -1, -1]
-    assert errors.finder.tolist() == [0, -1, -1, 7, -1]
+    assert errors.matches.detection.tolist() == [0, -1, -1, 7, -1]
     # The second cat is missed, but two errors point to it.
     assert np.flatnonzero(errors.missed).tolist() == [2, 4]
     # cat: 1 of 3 at precision 1; dog: 1 of 2 at precision 1/5.
@@ -138,12 +138,14 @@ def test_what_is_ignored_is_no_error(scene):
     objects = [(CAT, [0, 0, 40, 40], "crowd"), (DOG, [100, 100, 20, 20])]
     detections = [(CAT, [5, 5, 10, 10], 0.9), (DOG, [100, 100, 20, 20], 0.5)]
     errors, truth, table = scene(objects, detections)
-    assert names(errors) == ["", ""] and not errors.wrong.any() and not errors.missed.any()
+    assert names(errors) == ["", ""] and not errors.matches.wrong.any() and not errors.missed.any()
     assert confusion(errors, truth, table, 0).tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
     # A detection and an object in an ignore region, by a protocol that knows them.
     inside = [*objects, (DOG, [310, 310, 20, 20])], [*detections, (DOG, [350, 350, 20, 20], 0.8)]
     errors, *_ = scene(*inside, regions=[[300, 300, 100, 100]], protocol="visdrone")
-    assert names(errors) == ["", "", ""] and not errors.missed.any() and not errors.counted[2]
+    assert (
+        names(errors) == ["", "", ""] and not errors.missed.any() and not errors.matches.counted[2]
+    )
     errors, *_ = scene(*inside, regions=[[300, 300, 100, 100]])
     assert names(errors) == ["", "", "background"] and errors.missed.tolist() == [
         False,
