@@ -1,12 +1,13 @@
-"""What does the detector get wrong? One HTML page about the results of a training.
+"""Show what a trained detector gets wrong, on one HTML page.
 
     python -m dr2net_d2.report output/quickstart
     python -m dr2net_d2.report output/quickstart --protocol aitod
     python -m dr2net_d2.report my_report --results results.json --dataset coco_2017_val
 
-Reads config.yaml and inference/coco_instances_results.json of the folder, which train_net.py leaves
-with either engine, and evaluates them by TEST.PROTOCOL. Writes report/ into it: report.html, with
-every picture inside, the pictures as PNG, and report.json with the numbers behind them.
+Reads config.yaml and inference/coco_instances_results.json, which train_net.py writes with either
+engine, from the output folder and evaluates the detections by TEST.PROTOCOL. Writes a folder report/
+into it: report.html, which contains all pictures, the charts as PNG, and report.json with the numbers
+behind them.
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "report"
 PAGE_BYTES = 4_000_000
-"""Limit of all whole images of a page. As text they take a third more; besides there are the crops,
-and about 2 MB of charts."""
+"""Limit of all whole images together; base64 adds a third, and crops and charts about 2 MB."""
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,18 +57,28 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a training; gets report/")
     parser.add_argument(
-        "--results", metavar="FILE", help=f"COCO results; OUTPUT_DIR/{RESULTS_FILE} unless given"
+        "output_dir", metavar="OUTPUT_DIR", help="folder of a training, for report/"
     )
     parser.add_argument(
-        "--dataset", metavar="NAME", help="that they are of; the config's test set unless given"
+        "--results",
+        metavar="FILE",
+        help=f"detections in COCO format; default: OUTPUT_DIR/{RESULTS_FILE}",
     )
     parser.add_argument(
-        "--protocol", choices=[*PROTOCOLS], help="the config's TEST.PROTOCOL unless given"
+        "--dataset",
+        metavar="NAME",
+        help="dataset of the detections; default: the config's test set",
     )
     parser.add_argument(
-        "--images", type=int, default=12, metavar="N", help="worst images to show, default: 12"
+        "--protocol", choices=[*PROTOCOLS], help="default: TEST.PROTOCOL of the config"
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=12,
+        metavar="N",
+        help="number of worst images to show; default: 12",
     )
     return parser.parse_args(argv)
 
@@ -77,17 +87,17 @@ def run(args: argparse.Namespace) -> Path:
     """Write the report that the arguments describe.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        UserError: no results, an unknown dataset, results of another one, a folder that cannot be
-            written.
+        UserError: if there are no detections, the dataset is unknown, the detections belong to
+            another dataset, or the folder cannot be written.
     """
     if args.images < 0:
         raise ConfigError(f"--images is {args.images}; it must be 0 or more")
     output = Path(args.output_dir)
     if (output / FOLDER).exists() and not (output / FOLDER / "report.json").is_file():
-        raise ConfigError(f"{output / FOLDER} exists and is no report; move it away")
+        raise ConfigError(f"{output / FOLDER} exists and is not a report; move it away")
     record = recorded(output, args.dataset, args.protocol)
     results_file = Path(args.results) if args.results else output / RESULTS_FILE
     json_file, image_root = resolve_dataset(record.dataset)
@@ -100,7 +110,7 @@ def run(args: argparse.Namespace) -> Path:
     table = read_results(results, truth)
     logger.info("evaluating by %s", protocol.title)
     evaluation = evaluate_tables(truth, table, protocol)
-    logger.info("sorting errors\n%s", evaluation.table())
+    logger.info("finding errors\n%s", evaluation.table())
     errors = find_errors(truth, table, protocol)
     records = {record.image_id: record for record in dataset.records}
     content = gather(
@@ -170,7 +180,7 @@ def _write(
 
 
 def _install(built: Path, target: Path) -> None:
-    """Put a finished report in the place of an older one."""
+    """Replace an older report by the finished one."""
     if target.exists():
         target.rename(built.with_name("old"))
     built.rename(target)

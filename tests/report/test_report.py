@@ -250,7 +250,7 @@ def something_else(folder):
         (cut_results, [], "not JSON, or cut short"),
         (masks_only, [], "each needs bbox, category_id, image_id, score"),
         (another_dataset, [], "image_id 4711 is not in the ground truth"),
-        (something_else, [], "report exists and is no report; move it away"),
+        (something_else, [], "report exists and is not a report; move it away"),
         (None, ["--dataset", "atlantis"], "dataset 'atlantis' is not known"),
         (None, ["--images", "-1"], "--images is -1; it must be 0 or more"),
     ],
