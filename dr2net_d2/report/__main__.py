@@ -4,10 +4,10 @@
     python -m dr2net_d2.report output/quickstart --protocol aitod
     python -m dr2net_d2.report my_report --results results.json --dataset coco_2017_val
 
-Reads config.yaml and inference/coco_instances_results.json, which train_net.py writes with either
-engine, from the output folder and evaluates the detections by TEST.PROTOCOL. Writes a folder report/
-into it: report.html, which contains all pictures, the charts as PNG, and report.json with the numbers
-behind them.
+Evaluates the detections of a training by TEST.PROTOCOL, from config.yaml and
+inference/coco_instances_results.json in its output folder, which train_net.py writes with either
+engine. Writes a folder report/ beside them: report.html, with all pictures inside, the charts as
+PNG, and report.json with the numbers behind them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from dr2net_d2.evaluation import (
     read_results,
     read_truth,
 )
-from dr2net_d2.report.charts import DARK, LIGHT, charts_of
+from dr2net_d2.report.charts import charts_of
 from dr2net_d2.report.content import Content, gather
 from dr2net_d2.report.images import Chart, Photograph, encode
 from dr2net_d2.report.json_file import to_json
 from dr2net_d2.report.page import describe, write_page
 from dr2net_d2.report.scenes import CROP, WHOLE, contact_sheet, draw_scene, make_scene
 from dr2net_d2.report.source import read_detections, recorded
+from dr2net_d2.report.theme import DARK, LIGHT
 
 logger = logging.getLogger(__name__)
 
@@ -57,18 +58,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "output_dir", metavar="OUTPUT_DIR", help="folder of a training, for report/"
-    )
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a training; report/ goes here")
     parser.add_argument(
         "--results",
         metavar="FILE",
-        help=f"detections in COCO format; default: OUTPUT_DIR/{RESULTS_FILE}",
+        help=f"COCO-format detections; default: OUTPUT_DIR/{RESULTS_FILE}",
     )
     parser.add_argument(
         "--dataset",
         metavar="NAME",
-        help="dataset of the detections; default: the config's test set",
+        help="of the detections; default: the config's test set",
     )
     parser.add_argument(
         "--protocol", choices=[*PROTOCOLS], help="default: TEST.PROTOCOL of the config"
@@ -78,7 +77,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         default=12,
         metavar="N",
-        help="number of worst images to show; default: 12",
+        help="worst images to show; default: 12",
     )
     return parser.parse_args(argv)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,45 +15,14 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from dr2net_d2.evaluation.breakdowns import CURVE_RECALLS, KindsGroup, RecallGroup
 from dr2net_d2.report.content import Content
-
-DPI = 160
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a chart.
-
-    Attributes:
-        paper, ink, grid: background, text and grid lines.
-        colours: those of Okabe and Ito, which colour-blind readers can tell apart: blue, vermilion,
-            green, purple, orange, yellow; then that of the text.
-    """
-
-    paper: str
-    ink: str
-    grid: str
-    colours: tuple[str, ...]
-
-
-LIGHT = Theme(
-    paper="#ffffff",
-    ink="#1c2126",
-    grid="#d9dee3",
-    colours=("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#B8A600", "#1c2126"),
-)
-DARK = Theme(
-    paper="#171b20",
-    ink="#e3e8ed",
-    grid="#363e47",
-    colours=("#56B4E9", "#F0762B", "#1FC498", "#DE9BC0", "#E69F00", "#F0E442", "#e3e8ed"),
-)
+from dr2net_d2.report.theme import LIGHT, Theme, dress_legend, make_panel
 
 _LINES = ("-", "--", "-.", ":")
 
 
 def draw_limits(content: Content, theme: Theme) -> Figure:
-    """What mending each kind of error would gain."""
-    figure, axes = _panel(theme, 5.2, 3.6)
+    """Gain in AP50 from fixing each kind of errors."""
+    figure, axes = make_panel(theme, 5.2, 3.6)
     names = [row.kind for row in content.kinds]
     gains = [0 if math.isnan(row.gain) else row.gain for row in content.kinds]
     axes.barh(names, gains, 0.62, color=theme.colours[1])
@@ -63,15 +31,15 @@ def draw_limits(content: Content, theme: Theme) -> Figure:
         axes.text(gains[place], place, text, va="center", color=theme.ink, fontweight="bold")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max([*gains, 1]))
-    axes.set_xlabel("AP50 gained if all errors of the kind were mended")
+    axes.set_xlabel("AP50 gained if all errors of the kind were fixed")
     axes.tick_params(axis="y", length=0, labelsize=11)
     axes.grid(axis="y", visible=False)
     return figure
 
 
 def draw_kinds_by_size(content: Content, theme: Theme) -> Figure:
-    """How many errors of each kind, by size."""
-    figure, axes = _panel(theme, 5.2, 3.6)
+    """Numbers of errors of each kind, by size."""
+    figure, axes = make_panel(theme, 5.2, 3.6)
     groups = content.kinds_by_size
     bottom = np.zeros(len(groups))
     hatches = ("", "///", "", "...", "", "\\\\\\")
@@ -86,12 +54,12 @@ def draw_kinds_by_size(content: Content, theme: Theme) -> Figure:
     _whole_numbers(axes)
     axes.grid(axis="x", visible=False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
-    return _dressed(figure)
+    return dress_legend(figure)
 
 
 def draw_missed(content: Content, theme: Theme) -> Figure:
     """Found and missed objects by size."""
-    figure, axes = _panel(theme)
+    figure, axes = make_panel(theme)
     groups, threshold = content.sizes, content.threshold.score
     objects = np.array([group.objects for group in groups], float)
     matched = np.array([group.matched for group in groups], float)
@@ -115,33 +83,33 @@ def draw_missed(content: Content, theme: Theme) -> Figure:
     _whole_numbers(axes)
     axes.grid(axis="x", visible=False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    return _dressed(figure)
+    return dress_legend(figure)
 
 
 def draw_recall_by_size(content: Content, theme: Theme) -> Figure:
-    """Recall by size, for the detections from several scores on."""
-    figure, axes = _panel(theme)
+    """Recall by size, at several minimum scores."""
+    figure, axes = make_panel(theme)
     _draw_recalls(axes, theme, content.sizes)
     _size_axis(axes, content.sizes)
-    return _dressed(figure)
+    return dress_legend(figure)
 
 
 def draw_recall_by_density(content: Content, theme: Theme) -> Figure:
-    """Recall by the number of objects of an image."""
-    figure, axes = _panel(theme)
+    """Recall by the number of objects in the image."""
+    figure, axes = make_panel(theme)
     groups = content.densities
     _draw_recalls(axes, theme, groups)
     labels = [f"{_range(group, whole=True)}\n({group.images:,})" for group in groups]
     axes.set_xticks(range(len(groups)), labels)
     axes.set_xlabel("objects in the image (number of such images)")
     axes.set_xlim(-0.5, len(groups) - 0.5)
-    return _dressed(figure)
+    return dress_legend(figure)
 
 
 def draw_curves(content: Content, theme: Theme, iou: float) -> Figure:
     """Precision over recall by size, at an IoU threshold."""
     curves = content.curves[iou]
-    figure, axes = _panel(theme, height=3.8 + 0.22 * (len(curves) // 2))
+    figure, axes = make_panel(theme, height=3.8 + 0.22 * (len(curves) // 2))
     colours = (theme.colours[-1], *theme.colours[:-1])
     for place, curve in enumerate(curves):
         axes.plot(
@@ -157,27 +125,27 @@ def draw_curves(content: Content, theme: Theme, iou: float) -> Figure:
     axes.set_ylabel("precision")
     if curves:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, title="size (objects)")
-    return _dressed(figure)
+    return dress_legend(figure)
 
 
 def draw_confusion(content: Content, theme: Theme) -> Figure:
-    """The confusion matrix, each row as shares of the class's objects."""
+    """The confusion matrix, each row in shares of the objects of the class."""
     matrix = content.confusion.astype(float)
     names = [_short(name) for name in content.class_names]
     count = len(names)
-    # The background has no number of objects: its row is relative to all that is in it.
+    # The background has no objects: its row is relative to its sum.
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = min(max(5.8, 2.2 + 0.42 * (count + 1)), 15)
-    figure, axes = _panel(theme, side + 0.6, side)
+    figure, axes = make_panel(theme, side + 0.6, side)
     ramp = LinearSegmentedColormap.from_list("", [theme.paper, theme.colours[0]])
-    # The root makes confusions visible beside the diagonal.
+    # The square root makes confusions visible beside the diagonal.
     shade = np.sqrt(share)
     axes.imshow(shade, cmap=ramp, vmin=0, vmax=1, aspect="equal")
     size = 10 if count <= 12 else 9
     if count <= 24:
         for row, column in zip(*np.nonzero(matrix), strict=True):
             value = share[row, column]
-            # A dark theme's blue is light.
+            # The blue of the dark theme is light.
             dark_cell = (shade[row, column] > 0.6) == (theme is LIGHT)
             colour = "#ffffff" if dark_cell else "#12161a"
             text = f"{100 * value:.0f}" if value >= 0.005 else "·"
@@ -191,7 +159,7 @@ def draw_confusion(content: Content, theme: Theme) -> Figure:
     axes.set_xticks(places, [*names, "missed"], rotation=0 if short else 90, **plain)
     axes.set_yticks(places, [*names, "background"], **plain)
     axes.set_xlabel("detected as")
-    axes.set_ylabel("object of class, per cent of a row")
+    axes.set_ylabel("class of the object, per cent of the row")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labeltop=count > 24)
@@ -199,8 +167,8 @@ def draw_confusion(content: Content, theme: Theme) -> Figure:
 
 
 def draw_scores(content: Content, theme: Theme) -> Figure:
-    """How many detections of each score are right, duplicates, or otherwise wrong."""
-    figure, axes = _panel(theme)
+    """Numbers of right, duplicate and otherwise wrong detections, by score."""
+    figure, axes = make_panel(theme)
     scores = content.scores
     styles = {
         "right": (scores.correct, theme.colours[0], "-"),
@@ -217,25 +185,25 @@ def draw_scores(content: Content, theme: Theme) -> Figure:
     axes.set_ylabel("detections (logarithmic)")
     axes.set_ylim(0, 30 * max(1, *(max(numbers) for numbers, _, _ in styles.values())))
     axes.legend(loc="upper center", ncols=2)
-    return _dressed(figure)
+    return dress_legend(figure)
 
 
 def draw_suppression(content: Content, theme: Theme) -> Figure:
-    """What share of the duplicates a stricter suppression would remove."""
-    figure, axes = _panel(theme)
+    """Share of the duplicates that suppression at each IoU would remove."""
+    figure, axes = make_panel(theme)
     overlaps = content.duplicates
     axes.plot(overlaps.iou, overlaps.removed, "o-", color=theme.colours[4], lw=2.2, ms=4)
     axes.set_ylim(0, 1.03)
     axes.set_xlim(min(overlaps.iou), 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("IoU with the better detection of the same object")
-    axes.set_ylabel("duplicates at least that close")
+    axes.set_ylabel("duplicates with at least this IoU")
     return figure
 
 
 def draw_calibration(content: Content, theme: Theme) -> Figure:
-    """The share of right detections by score."""
-    figure, axes = _panel(theme)
+    """Precision by score."""
+    figure, axes = make_panel(theme)
     axes.plot([0, 1], [0, 1], ls=":", color=theme.ink, lw=1.6, label="precision = score")
     for row in content.calibration:
         axes.bar(row.low, row.precision, row.high - row.low, align="edge", color=theme.colours[0],
@@ -243,9 +211,9 @@ def draw_calibration(content: Content, theme: Theme) -> Figure:
     _threshold_line(axes, theme, content.threshold.score)
     _unit(axes)
     axes.set_xlabel("score")
-    axes.set_ylabel("precision of the detections there")
+    axes.set_ylabel("precision of these detections")
     axes.legend(loc="upper left")
-    return _dressed(figure)
+    return dress_legend(figure)
 
 
 CHARTS: dict[str, Callable[[Content, Theme], Figure]] = {
@@ -265,20 +233,6 @@ def charts_of(content: Content) -> dict[str, Callable[[Content, Theme], Figure]]
     """The functions that draw the charts of a report, by file name."""
     curves = {f"curves_iou{100 * iou:.0f}": partial(draw_curves, iou=iou) for iou in content.curves}
     return CHARTS | curves
-
-
-def _panel(theme: Theme, width: float = 5.2, height: float = 3.8) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor=theme.paper)
-    axes = figure.subplots()
-    axes.set_facecolor(theme.paper)
-    axes.set_axisbelow(True)
-    axes.grid(color=theme.grid, lw=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.grid)
-    axes.tick_params(colors=theme.ink, labelsize=10)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set(color=theme.ink, fontsize=10.5)
-    return figure, axes
 
 
 def _draw_recalls(axes: Axes, theme: Theme, groups: Sequence[RecallGroup]) -> None:
@@ -344,18 +298,6 @@ def _whole_numbers(axes: Axes) -> None:
 def _unit(axes: Axes) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.03)
-
-
-def _dressed(figure: Figure) -> Figure:
-    """Legends in the colours of the theme."""
-    (axes,) = figure.axes
-    legend = axes.get_legend()
-    if legend is not None:
-        legend.get_frame().set(facecolor=axes.get_facecolor(), edgecolor="none", alpha=0.85)
-        legend.get_title().set_fontsize(9)
-        for text in (*legend.get_texts(), legend.get_title()):
-            text.set(color=axes.xaxis.label.get_color(), fontsize=9)
-    return figure
 
 
 def _short(name: str) -> str:

@@ -26,10 +26,10 @@ class MostMissed:
     """The size group with the most missed objects.
 
     Attributes:
-        range: its sides in pixels, in words.
-        missed: number of its objects that are missed at the threshold.
-        total: number of all missed objects.
-        share: share of the group in them.
+        range: bounds of the side in pixels, as text.
+        missed: number of missed objects of the group.
+        total: number of missed objects of all groups.
+        share: ``missed / total``.
     """
 
     range: str
@@ -90,7 +90,7 @@ def describe(image: WorstImage) -> str:
     notes = [
         f"{number:,} {words}"
         for number, words in (
-            (image.wrong_class, "by their class"),
+            (image.wrong_class, "of the wrong class"),
             (image.duplicates, "duplicates"),
         )
         if number
@@ -120,7 +120,7 @@ def _headline(content: Content) -> dict[str, float]:
 
 
 def _describe_totals(totals: Totals) -> str:
-    """List the totals; those that are seldom of interest only where they are not 0."""
+    """List the totals, without the less important ones that are 0."""
     numbers = {
         "images": totals.images,
         "objects": totals.objects,
@@ -137,7 +137,7 @@ def _describe_totals(totals: Totals) -> str:
 
 
 def _by_gain(content: Content) -> list[KindResult]:
-    """Kinds of errors in descending order of their gain; none if there is nothing to find."""
+    """Kinds of errors by descending gain; none if the gains are undefined."""
     defined = [row for row in content.kinds if not math.isnan(row.gain)]
     return sorted(defined, key=lambda row: -row.gain)
 

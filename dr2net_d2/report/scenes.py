@@ -52,8 +52,8 @@ class Scene:
     def window(self) -> tuple[int, int, int, int]:
         """Find the region with the most errors.
 
-        It is a square about 12 times as wide as they are, so that small objects can be seen, or
-        what fits into the image of it.
+        It is a square about 12 times as wide as their boxes, so that small objects can be seen,
+        or less where the image is smaller.
 
         Returns:
             XYWH in pixels; the whole image if there are no errors.

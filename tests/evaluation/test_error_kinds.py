@@ -1,4 +1,4 @@
-"""Kinds of errors, what mending them gains, and confusions: by hand, and against plain loops."""
+"""Kinds of errors, their gains, and confusions: by hand, and against plain loops."""
 
 import json
 import math
@@ -164,7 +164,7 @@ def test_without_objects_or_detections(scene):
 
 
 def plain_kinds(document, results, matches, to_find):
-    """(kind, target) of each wrong detection, object by object."""
+    """(kind, target) of each detection, ("", None) unless it is wrong; object by object."""
     kinds = []
     for i, row in enumerate(results):
         if not matches.wrong[i]:
@@ -193,7 +193,7 @@ def plain_kinds(document, results, matches, to_find):
 
 
 def plain_ap50(rows, objects, classes, weights, protocol):
-    """``rows``: (class, score, right) of each detection that counts, in order of equal scores."""
+    """``rows``: (class, score, correct) of each counted detection, equal scores in their order."""
     values, total = 0, 0
     for category in classes:
         if not objects[category]:
@@ -235,7 +235,7 @@ def test_random_scenes_against_plain_loops(name, seed, tmp_path):
     column = {category: k for k, category in enumerate(classes)}
     t = protocol.iou_thresholds.index(0.5)
     order = sorted(range(len(results)), key=lambda i: results[i]["image_id"])
-    # The numbers behind the protocol's recall: those that a perfect detector would find.
+    # The objects that the protocol's recall is relative to.
     in_recall = to_find.copy()
     weights = dict.fromkeys(classes, 1)
     if protocol.recall_of_ignored:
@@ -248,7 +248,7 @@ def test_random_scenes_against_plain_loops(name, seed, tmp_path):
         }  # fmt: skip
 
     def ap50(change=lambda i: None, gone=lambda j: False):
-        """``change(i)``: "away", or the class that a detection is right with; None as it is."""
+        """``change(i)``: "away", the class that makes detection i correct, or None for no change."""
         rows, objects = [], dict.fromkeys(classes, 0)
         for j, row in enumerate(annotations):
             objects[row["category_id"]] += bool(in_recall[j]) and not gone(j)
@@ -293,7 +293,7 @@ def test_random_scenes_against_plain_loops(name, seed, tmp_path):
 
 
 def find_inside(document, protocol, path):
-    """Objects that an ignore region takes out: those that no longer count without crowds."""
+    """Objects inside ignore regions: those that are ignored even if none is a crowd."""
     plain = {**document, "annotations": [{**a, "iscrowd": 0} for a in document["annotations"]]}
     return evaluate_boxes(write(path, plain), [], protocol).matches.truth_ignored
 

@@ -1,4 +1,4 @@
-"""The report's command, page and pictures, on results with errors of every kind."""
+"""The command, page and pictures of a report, on detections with errors of every kind."""
 
 import html
 import json
@@ -30,7 +30,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def detections(document):
-    """Right, off, of another class, twice, nowhere; and some objects without any."""
+    """Correct, inaccurate, misclassified, duplicate and misplaced detections, or none."""
     rng = np.random.default_rng(0)
     rows = []
     for row in document["annotations"]:
@@ -72,7 +72,7 @@ def output(dataset, tmp_path):
 
 
 def finished(folder, dataset, config=None):
-    """What a training leaves, as far as a report reads it."""
+    """The files of a finished training that a report reads."""
     config = config or {"DATASETS": {"TEST": ["elsewhere", NAME]}, "TEST": {"PROTOCOL": "aitod"}}
     (folder / "inference").mkdir(parents=True)
     (folder / "config.yaml").write_text(json.dumps(config))
@@ -89,7 +89,7 @@ def made(dataset, tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """Fails where tags are not closed in order."""
+    """Fails if tags are not closed in order."""
 
     VOID = ("meta", "link", "img", "br", "source")
 
