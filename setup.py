@@ -27,12 +27,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["dr2net_d2", "dr2net_d2.*"]),
-    package_data={"dr2net_d2": ["weights/pretrained/*", "py.typed"]},
+    package_data={
+        "dr2net_d2": ["weights/pretrained/*", "report/page.html", "report/style.css", "py.typed"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
         "fvcore>=0.1.5,<0.1.6",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "opencv-python>=4.8",
         "pyyaml>=6",

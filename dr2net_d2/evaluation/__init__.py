@@ -1,18 +1,18 @@
 """Metrics and kinds of errors, by the protocols of the benchmarks; no detector framework.
 
-In: ground truth and results in COCO format. Out: metrics, matches of every detection, and what
-went wrong.
+In: ground truth and detections in COCO format. Out: metrics, the match of every detection, and the
+kind of every error.
 """
 
 from dr2net_d2.evaluation.boxes import (
     EVALUATION_FILE,
     RESULTS_FILE,
     Evaluation,
-    Matches,
     evaluate_boxes,
     evaluate_tables,
     without_nan,
 )
+from dr2net_d2.evaluation.counting import Matches
 from dr2net_d2.evaluation.error_kinds import (
     CLASSIFICATION,
     DUPLICATE,

@@ -1,4 +1,4 @@
-"""Average precision and recall of boxes by the protocol of a benchmark."""
+"""Average precision and recall of boxes under the protocol of a benchmark."""
 
 from __future__ import annotations
 
@@ -11,71 +11,36 @@ from typing import Any
 
 import numpy as np
 
-from dr2net_d2.evaluation.counting import DENSITIES, MATCH_IOU, Counts
+from dr2net_d2.evaluation.counting import MATCH_IOU, Counts, Matches, count
 from dr2net_d2.evaluation.protocols import PROTOCOLS, Metric, Protocol
 from dr2net_d2.evaluation.tables import GroundTruth, Table, read_results, read_truth
+from dr2net_d2.evaluation.targets import DENSITIES
 
 RESULTS_FILE = Path("inference", "coco_instances_results.json")
-"""Where in its output folder a training leaves the detections, in COCO format."""
+"""The detections of a training in COCO format, relative to its output folder."""
 
 EVALUATION_FILE = "evaluation.json"
-"""What ``Evaluation.save`` writes, beside the detections."""
-
-
-@dataclass(frozen=True, eq=False)
-class Matches:
-    """Which detection found which object, at IoU 0.5 and all sizes.
-
-    n detections are in the order of the results, g objects in that of the JSON's annotations.
-
-    Attributes:
-        truth: ``(n,)`` the object that each detection found, -1 for none.
-        overlap: ``(n,)`` IoU with it, the share of the detection where that is what counts; or 0.
-        counted: ``(n,)`` bool: among the best that the protocol looks at, outside ignore regions.
-        ignored: ``(n,)`` bool: counted, and neither right nor wrong: on an ignored object, or
-            without one and of a size that the protocol does not know.
-        detection: ``(g,)`` the detection that found each object, the best where several may; or -1.
-        truth_ignored: ``(g,)`` bool: not to be found: ignored, in a region, or of such a class.
-    """
-
-    truth: np.ndarray
-    overlap: np.ndarray
-    counted: np.ndarray
-    ignored: np.ndarray
-    detection: np.ndarray
-    truth_ignored: np.ndarray
-
-    @property
-    def correct(self) -> np.ndarray:
-        """``(n,)`` bool, true positives."""
-        return (self.truth >= 0) & ~self.ignored
-
-    @property
-    def wrong(self) -> np.ndarray:
-        """``(n,)`` bool, false positives."""
-        return self.counted & (self.truth < 0) & ~self.ignored
-
-    @property
-    def missed(self) -> np.ndarray:
-        """``(g,)`` bool, false negatives."""
-        return (self.detection < 0) & ~self.truth_ignored
+"""Name of the file that ``Evaluation.save`` writes next to the detections."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What ``evaluate_boxes`` finds. Axes: T IoU thresholds, R = 101 recalls, K classes, A size
-    bins, M numbers of detections, as in pycocotools.
+    """Metrics, curves and matches of a set of detections.
+
+    Axes as in pycocotools: T IoU thresholds, R = 101 recalls, K classes, A size bins, M limits of
+    the number of detections.
 
     Attributes:
-        protocol: by which it was counted.
-        metrics: in per cent, the protocol's in its order, then "AP-<class>" where there are
-            several classes; NaN where nothing of that kind is to be found.
+        protocol: the protocol of the evaluation.
+        metrics: the protocol's metrics in their order, then "AP-<class>" if there are several
+            classes, in per cent; NaN where there is nothing to find.
         classes: K names.
-        per_class, per_size, per_density: by name, {"AP", "AP50", "AR"} in per cent and "objects",
-            "images" as numbers; a density is such as "11-100" objects an image.
+        per_class, per_size, per_density: name -> {"AP", "AP50", "AR"} in per cent and the numbers
+            of "objects" and "images"; a density is a range of objects per image, as "11-100".
         precision, scores: ``(T, R, K, A, M)``; -1 where undefined.
-        recall, average_precision: ``(T, K, A, M)``, the latter by the protocol's interpolation.
-        matches: of each detection and object.
+        recall, average_precision: ``(T, K, A, M)``; average precision by the protocol's
+            interpolation.
+        matches: matches of all detections and objects.
     """
 
     protocol: Protocol
@@ -91,7 +56,7 @@ class Evaluation:
     matches: Matches
 
     def table(self) -> str:
-        """The protocol's metrics, in Markdown."""
+        """Format the protocol's metrics as a Markdown table."""
         names = [metric.name for metric in self.protocol.metrics]
         widths = [max(7, len(name)) for name in names]
         lines = (
@@ -105,7 +70,7 @@ class Evaluation:
         )
 
     def save(self, file: Path) -> None:
-        """Write metrics and tables as JSON, with the protocol in front; NaN becomes null."""
+        """Write the protocol, the metrics and the tables as JSON; NaN becomes null."""
         content = {
             "protocol": self.protocol.name,
             "description": self.protocol.description,
@@ -122,29 +87,29 @@ def evaluate_boxes(
     results: Sequence[dict[str, Any]],
     protocol: Protocol = PROTOCOLS["coco"],
 ) -> Evaluation:
-    """Compare detections with a ground truth.
+    """Compare detections with the ground truth.
 
     Args:
-        json_file: ground truth in COCO format; absent ``area`` and ``iscrowd`` are filled in.
-            "ignore_regions" is a further table of rows {"image_id", "bbox"}.
+        json_file: ground truth in COCO format. Missing ``area`` and ``iscrowd`` are filled in;
+            "ignore_regions" may be a further table of rows {"image_id", "bbox"}.
         results: ``{"image_id", "category_id", "bbox": [x, y, width, height], "score"}``, with the
             ids of the JSON; they are not changed.
-        protocol: one of ``PROTOCOLS``, or ``choose_protocol``.
+        protocol: one of ``PROTOCOLS``, or from ``choose_protocol``.
 
     Returns:
-        Its ``metrics`` are those of the protocol alone, and all NaN, without any result, as
-        Detectron2 has it.
+        The evaluation. Without any detection, its ``metrics`` are NaN and have no "AP-<class>", as
+        in Detectron2.
 
     Raises:
-        DatasetError: results that cannot be of this dataset, or are not finite.
+        DatasetError: if the results belong to another dataset or are not finite.
     """
     truth = read_truth(json_file)
     return evaluate_tables(truth, read_results(results, truth), protocol)
 
 
 def evaluate_tables(truth: GroundTruth, results: Table, protocol: Protocol) -> Evaluation:
-    """``evaluate_boxes`` of what has been read."""
-    counts = Counts(truth, results, protocol)
+    """Do the same as ``evaluate_boxes`` with tables that have been read."""
+    counts = count(truth, results, protocol)
     summary = _Summary(counts, truth, protocol)
     return Evaluation(
         protocol=protocol,
@@ -157,40 +122,25 @@ def evaluate_tables(truth: GroundTruth, results: Table, protocol: Protocol) -> E
         scores=counts.scores,
         recall=counts.recall,
         average_precision=counts.average_precision,
-        matches=_matches(counts),
+        matches=counts.matches,
     )
 
 
 def without_nan(value: Any) -> Any:
-    """NaN, which JSON does not have, as None, in dicts and lists, too."""
+    """Replace NaN, which JSON does not have, by None, inside dicts and lists, too."""
     if isinstance(value, dict):
-        return {key: without_nan(part) for key, part in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_nan(part) for part in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _matches(counts: Counts) -> Matches:
-    # Of several detections on a crowd the best stays, as the last of several assignments does.
-    detection = np.full(counts.to_find.shape[1], -1)
-    rows = np.flatnonzero(counts.found >= 0)
-    rows = rows[np.argsort(counts.score[rows], kind="stable")]
-    detection[counts.found[rows]] = rows
-    return Matches(
-        truth=counts.found,
-        overlap=counts.overlap,
-        counted=counts.counted,
-        ignored=counts.ignored,
-        detection=detection,
-        truth_ignored=~counts.to_find[0],
-    )
-
-
 class _Summary:
-    """Means of the counts, in per cent."""
+    """Means over classes and IoU thresholds, in per cent."""
 
     def __init__(self, counts: Counts, truth: GroundTruth, protocol: Protocol) -> None:
         self._counts, self._truth, self._protocol = counts, truth, protocol
+        self._at_half = protocol.iou_thresholds.index(MATCH_IOU)
 
     def metrics(self, any_results: bool) -> dict[str, float]:
         listed = self._protocol.metrics
@@ -199,34 +149,35 @@ class _Summary:
         metrics = {metric.name: self._mean(self._select(metric)) for metric in listed}
         if len(self._truth.classes) > 1:
             main = self._select(listed[0])
-            for k in self._counts.classes:
+            for k in self._counts.targets.classes:
                 metrics[f"AP-{self._truth.classes[k]}"] = self._mean(main, [k])
         return metrics
 
     def per_class(self) -> dict[str, dict[str, float]]:
-        category = self._truth.objects.category
+        category, targets = self._truth.objects.category, self._counts.targets
         return {
-            self._truth.classes[k]: self._row(0, self._counts.to_find[0] & (category == k), [k])
-            for k in self._counts.classes
+            self._truth.classes[k]: self._row(0, targets.to_find[0] & (category == k), [k])
+            for k in targets.classes
         }
 
     def per_size(self) -> dict[str, dict[str, float]]:
-        bins = enumerate(self._protocol.size_bins)
-        return {size.name: self._row(a, self._counts.to_find[a]) for a, size in bins}
+        to_find = self._counts.targets.to_find
+        return {
+            size.name: self._row(a, to_find[a]) for a, size in enumerate(self._protocol.size_bins)
+        }
 
     def per_density(self) -> dict[str, dict[str, float]]:
-        counts = self._counts
+        targets = self._counts.targets
         rows = {}
-        for index, (low, high) in enumerate(zip((-1, *DENSITIES), (*DENSITIES, None), strict=True)):
-            precision = counts.density_precision[:, :, index]
-            half = precision[self._protocol.iou_thresholds.index(MATCH_IOU)]
-            inside = counts.density[self._truth.objects.image] == index
+        for group, (low, high) in enumerate(zip((-1, *DENSITIES), (*DENSITIES, None), strict=True)):
+            precision = self._counts.density_precision[:, :, group]
+            inside = targets.density[self._truth.objects.image] == group
             rows[f"{low + 1}-{high}" if high else f"{low + 1}+"] = {
                 "AP": self._mean(precision),
-                "AP50": self._mean(half),
-                "AR": self._mean(counts.density_recall[:, :, index]),
-                "objects": int(np.count_nonzero(counts.to_find[0] & inside)),
-                "images": int(np.count_nonzero(counts.density == index)),
+                "AP50": self._mean(precision[self._at_half]),
+                "AR": self._mean(self._counts.density_recall[:, :, group]),
+                "objects": int(np.count_nonzero(targets.to_find[0] & inside)),
+                "images": int(np.count_nonzero(targets.density == group)),
             }
         return rows
 
@@ -234,31 +185,31 @@ class _Summary:
         self, size: int, objects: np.ndarray, classes: Sequence[int] | None = None
     ) -> dict[str, float]:
         precision = self._counts.average_precision[:, :, size, -1]
-        half = precision[self._protocol.iou_thresholds.index(MATCH_IOU)]
         return {
             "AP": self._mean(precision, classes),
-            "AP50": self._mean(half, classes),
+            "AP50": self._mean(precision[self._at_half], classes),
             "AR": self._mean(self._counts.recall[:, :, size, -1], classes),
             "objects": int(np.count_nonzero(objects)),
             "images": len(np.unique(self._truth.objects.image[objects])),
         }
 
     def _select(self, metric: Metric) -> np.ndarray:
-        """``(T or 1, K)`` of what the metric is the mean of."""
+        """``(T or 1, K)`` values whose mean is the metric."""
         protocol, counts = self._protocol, self._counts
         values = counts.average_precision if metric.kind == "AP" else counts.recall
         a = [size.name for size in protocol.size_bins].index(metric.size)
-        most = metric.max_detections or protocol.max_detections[-1]
-        values = values[:, :, a, protocol.max_detections.index(most)]
+        limit = metric.max_detections or protocol.max_detections[-1]
+        values = values[:, :, a, protocol.max_detections.index(limit)]
         if metric.iou is None:
             return values
         t = protocol.iou_thresholds.index(metric.iou)
         return values[t : t + 1]
 
     def _mean(self, values: np.ndarray, classes: Sequence[int] | None = None) -> float:
-        """In per cent, over the last axis by the weights of the classes."""
-        columns = self._counts.classes if classes is None else classes
+        """Mean of the defined ones of ``(..., K)`` values, weighted by class, in per cent."""
+        targets = self._counts.targets
+        columns = targets.classes if classes is None else classes
         chosen = values[..., columns]
-        weights = np.where(chosen > -1, self._counts.weights[columns], 0)
+        weights = np.where(chosen > -1, targets.class_weights[columns], 0)
         total = weights.sum()
         return 100 * float((chosen * weights).sum() / total) if total else math.nan

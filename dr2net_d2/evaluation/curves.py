@@ -1,4 +1,4 @@
-"""Precision over recall of ranked detections, in the arithmetic of pycocotools."""
+"""Precision-recall curves of ranked detections, in the arithmetic of pycocotools."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ RECALLS = np.linspace(0.0, 1.0, 101)
 
 
 class Curve(NamedTuple):
-    """One class at one threshold, size and number of detections.
+    """Precision over recall of one set of detections.
 
     Attributes:
-        precision: ``(101,)`` at ``RECALLS``: the best at that recall or above, 0 where not reached.
-        scores: ``(101,)`` of the detection that reaches each recall.
-        recall: in the end.
-        all_points: area under the best precision over every recall that is reached, as VOC has it.
+        precision: ``(101,)``, the best precision at each of ``RECALLS`` or any higher recall; 0
+            beyond the highest recall.
+        scores: ``(101,)``, the score of the detection that reaches each of ``RECALLS``.
+        recall: highest recall.
+        all_points: area under the best precision over all recalls that are reached, as in VOC.
     """
 
     precision: np.ndarray
@@ -27,34 +28,38 @@ class Curve(NamedTuple):
     all_points: float
 
     def average(self, protocol: Protocol) -> float:
-        """The average precision as a protocol means it."""
+        """Average precision as the protocol defines it."""
         if protocol.interpolation == "all points":
             return self.all_points
         return float(self.precision.mean())
 
 
-def curve(scores: np.ndarray, found: np.ndarray, wrong: np.ndarray, objects: int) -> Curve:
-    """The curve of n detections.
+UNDEFINED = Curve(np.full(len(RECALLS), -1.0), np.full(len(RECALLS), -1.0), -1.0, -1.0)
+"""Stands for the curve of a set without any object to find."""
+
+
+def curve(scores: np.ndarray, correct: np.ndarray, wrong: np.ndarray, objects: int) -> Curve:
+    """Compute the curve of n detections.
 
     Args:
         scores: ``(n,)``, descending.
-        found: ``(n,)`` bool, true positives.
-        wrong: ``(n,)`` bool, false positives; a detection that is neither is ignored.
-        objects: how many there are to be found, at least 1.
+        correct: ``(n,)`` bool, true positives.
+        wrong: ``(n,)`` bool, false positives; detections that are neither are ignored.
+        objects: number of objects to find, at least 1.
     """
-    precision, at = np.zeros(len(RECALLS)), np.zeros(len(RECALLS))
+    precision, scores_at = np.zeros(len(RECALLS)), np.zeros(len(RECALLS))
     if not len(scores):
-        return Curve(precision, at, 0.0, 0.0)
-    # Precision rises where an object is found and nowhere else, so these places are all it takes.
-    places = np.flatnonzero(found)
-    true = np.arange(1.0, len(places) + 1)
-    false = np.searchsorted(np.flatnonzero(wrong), places).astype(float)
+        return Curve(precision, scores_at, 0.0, 0.0)
+    # Precision rises at true positives only, so the curve needs no other point.
+    hits = np.flatnonzero(correct)
+    true = np.arange(1.0, len(hits) + 1)
+    false = np.searchsorted(np.flatnonzero(wrong), hits).astype(float)
     recall = true / objects
     best = true / (false + true + np.spacing(1))
     best = np.maximum.accumulate(best[::-1])[::-1]
-    reach = np.searchsorted(recall, RECALLS, side="left")
-    reach = reach[reach < len(recall)]
-    precision[: len(reach)], at[: len(reach)] = best[reach], scores[places[reach]]
-    # Recall 0 is reached by the first detection, whatever it is.
-    at[0] = scores[0]
-    return Curve(precision, at, len(places) / objects, float(best.sum() / objects))
+    reached = np.searchsorted(recall, RECALLS, side="left")
+    reached = reached[reached < len(recall)]
+    precision[: len(reached)], scores_at[: len(reached)] = best[reached], scores[hits[reached]]
+    # Recall 0 is reached by the first detection, whether it is correct or not.
+    scores_at[0] = scores[0]
+    return Curve(precision, scores_at, len(hits) / objects, float(best.sum() / objects))

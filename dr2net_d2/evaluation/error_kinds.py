@@ -1,29 +1,36 @@
-"""What keeps AP low: each wrong detection and each missed object by kind, as TIDE has them.
+"""Errors that lower AP: the kind of each wrong detection and missed object, as defined by TIDE.
 
 Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", arXiv 2008.08115.
-A detection is right, wrong or ignored, and an object is to be found or not, as the protocol has it
-at IoU 0.5. So ignored objects and what lies in ignore regions are no errors, and no detection is
-compared with them. ``own`` is the greatest IoU of a wrong detection with the objects of its class,
-``other`` that with the objects of other classes. The first line that holds gives its kind:
 
-    localisation     0.1 <= own <= 0.5    right class, box too far off
+Whether a detection is correct, wrong or ignored, and whether an object is to be found, follows the
+protocol at IoU 0.5. Ignored objects and ignore regions are therefore no errors, and detections are
+not compared with them. For a wrong detection let
+
+    own      largest IoU with an object to be found of the same class
+    other    largest IoU with an object to be found of another class
+
+Its kind is the first one whose condition holds:
+
+    localisation     0.1 <= own <= 0.5    right class, inaccurate box
     classification   other >= 0.5         box on an object of another class
-    duplicate        own >= 0.5           that object was found by a better detection already
-    background       own, other <= 0.1    nothing there
-    both             else                 another class, and box too far off
+    duplicate        own >= 0.5           a better detection has matched that object already
+    background       own, other <= 0.1    no object there
+    both             otherwise            wrong class and inaccurate box
 
-    missed           an object that is not found, and that no classification or localisation error
-                     points to; one points to the object of its greatest ``other``, or ``own``
+Localisation and duplicate errors target the object of ``own``, classification errors that of
+``other``. An object is "missed" if it is unmatched and no classification or localisation error
+targets it.
 
-What mending a kind would gain is AP50 with it less AP50:
+The gain of a kind is the AP50 with all of its errors fixed, less the AP50 as it is. The fixes are:
 
-    classification   the detection gets the class, or the box, of the object that it points to. Of
-    localisation     several that point to one, of both kinds, the best by score; the others go, as
-                     do those that point to an object that is found
-    duplicate, background, both   the detection goes
-    missed           the object goes; a class without any object left no longer counts
+    classification,    The detection gets the class or the box of its target. Of the errors of both
+    localisation       kinds with the same target, only that of the highest score is fixed; the
+                       others are removed, as are those whose target is matched.
+    duplicate,         The detection is removed.
+    background, both
+    missed             The object is removed; a class without any objects left is not counted.
 
-The gains do not add up to 100: each starts from the same detections.
+Gains do not add up to 100, as each one starts from the same detections.
 """
 
 from __future__ import annotations
@@ -33,14 +40,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dr2net_d2.evaluation.counting import MATCH_IOU, Counts
+from dr2net_d2.evaluation.counting import MATCH_IOU, Counts, Matches, count
 from dr2net_d2.evaluation.curves import curve
-from dr2net_d2.evaluation.matching import Boxes, Pairs, by_preference, greedy, overlapping
+from dr2net_d2.evaluation.matching import (
+    Boxes,
+    Pairs,
+    find_pairs,
+    match_greedily,
+    sort_by_preference,
+)
 from dr2net_d2.evaluation.protocols import Protocol
 from dr2net_d2.evaluation.tables import GroundTruth, Table
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
-"""The first five are of detections, by their positions in ``Errors.kind``."""
+"""All kinds of errors. The first five are those of detections, numbered as in ``Errors.kind``."""
 
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND = range(5)
 BACKGROUND_IOU = 0.1
@@ -48,147 +61,140 @@ BACKGROUND_IOU = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Errors:
-    """n detections in the order of the results, g objects in that of the JSON, K classes.
+    """Errors of n detections, in the order of the results, and g objects, in that of the JSON.
 
     Attributes:
-        classes: positions of those that the protocol evaluates.
-        score: ``(n,)``.
-        counted, right, wrong: ``(n,)`` bool; what is counted and neither is ignored.
-        found: ``(n,)`` the object that a detection was matched with, or -1.
-        kind: ``(n,)`` position among ``KINDS`` of each wrong detection, or -1.
-        target: ``(n,)`` the object that it points to, -1 where its kind has none.
-        to_find: ``(g,)`` bool.
-        finder: ``(g,)`` the detection that found an object, or -1.
-        missed: ``(g,)`` bool, of the kind "missed".
-        weights: ``(K,)`` of the classes in means.
-        ap50: in per cent.
-        gains: kind -> what mending it would gain, in points of AP50, at least 0; besides "false
-            positives", if all wrong detections went, and "false negatives", if all objects that are
-            not found did. NaN where nothing is to be found.
+        matches: matches of all detections and objects.
+        classes: positions of the evaluated classes, among K.
+        class_weights: ``(K,)`` weight of each class in means.
+        score: ``(n,)`` score of each detection.
+        kind: ``(n,)`` position in ``KINDS`` of each wrong detection, -1 for the others.
+        target: ``(n,)`` object that the error targets, -1 if its kind has none.
+        missed: ``(g,)`` bool, errors of the kind "missed".
+        ap50: AP50 in per cent.
+        gains: kind -> gain in points of AP50, at least 0; also "false positives", the gain if all
+            wrong detections were removed, and "false negatives", if all unmatched objects were.
+            NaN where there is nothing to find.
     """
 
+    matches: Matches
     classes: list[int]
+    class_weights: np.ndarray
     score: np.ndarray
-    counted: np.ndarray
-    right: np.ndarray
-    wrong: np.ndarray
-    found: np.ndarray
     kind: np.ndarray
     target: np.ndarray
-    to_find: np.ndarray
-    finder: np.ndarray
     missed: np.ndarray
-    weights: np.ndarray
     ap50: float
     gains: dict[str, float]
 
     @property
-    def found_score(self) -> np.ndarray:
-        """``(g,)`` the score by which each object was found, -inf for none."""
-        return np.append(self.score, -np.inf)[self.finder]
+    def matched_score(self) -> np.ndarray:
+        """``(g,)`` score of the detection matched with each object, -inf if there is none."""
+        return np.append(self.score, -np.inf)[self.matches.detection]
 
 
 def find_errors(truth: GroundTruth, results: Table, protocol: Protocol) -> Errors:
-    """Sort what is wrong into ``KINDS``; see the module."""
-    counts = Counts(truth, results, _at_half(protocol))
-    right = (counts.found >= 0) & ~counts.ignored
-    wrong = counts.counted & (counts.found < 0) & ~counts.ignored
-    to_find = counts.to_find[0]
-    finder = np.full(len(to_find), -1)
-    finder[counts.found[right]] = np.flatnonzero(right)
-    kind, target = _kinds(truth, results, wrong, to_find)
-    points = np.isin(kind, (CLASSIFICATION, LOCALISATION))
-    missed = to_find & (finder < 0)
-    covered = np.zeros(len(to_find), bool)
-    covered[target[points]] = True
-    averages = _Averages(counts, truth, results, protocol, right, wrong)
-    ap50 = averages.mean()
+    """Assign a kind to every wrong detection and missed object; see the module for the rules."""
+    counts = count(truth, results, _at_match_iou(protocol))
+    matches = counts.matches
+    kind, target = _assign_kinds(truth, results, matches)
+    has_target = np.isin(kind, (CLASSIFICATION, LOCALISATION))
+    missed = matches.missed.copy()
+    missed[target[has_target]] = False
+    ap50 = _Ap50(counts, truth, results, protocol)
+    actual = ap50()
 
-    gains = {}
-    # The place -1 is that of no target.
-    free = np.append(finder < 0, False)
-    best = averages.first_of_each(points & free[target], target)
-    for place, name in enumerate(KINDS[:-1]):
-        rows = kind == place
-        mended = best & rows
+    fixable = has_target.copy()
+    fixable[has_target] = matches.detection[target[has_target]] < 0
+    best = ap50.best_per_target(fixable, target)
+    values = {}
+    for number, name in enumerate(KINDS[:-1]):
+        errors = kind == number
+        fixed = best & errors
         category = results.category.copy()
-        category[mended] = truth.objects.category[target[mended]]
-        gains[name] = averages.mean(right | mended, wrong & ~rows, category)
-    gains["missed"] = averages.mean(gone=missed & ~covered)
-    gains["false positives"] = averages.mean(wrong=np.zeros_like(wrong))
-    gains["false negatives"] = averages.mean(gone=missed)
+        category[fixed] = truth.objects.category[target[fixed]]
+        values[name] = ap50(
+            correct=matches.correct | fixed, wrong=matches.wrong & ~errors, category=category
+        )
+    values["missed"] = ap50(removed=missed)
+    values["false positives"] = ap50(wrong=np.zeros_like(matches.wrong))
+    values["false negatives"] = ap50(removed=matches.missed)
     return Errors(
-        classes=counts.classes,
+        matches=matches,
+        classes=counts.targets.classes,
+        class_weights=counts.targets.class_weights,
         score=results.score,
-        counted=counts.counted,
-        right=right,
-        wrong=wrong,
-        found=counts.found,
         kind=kind,
         target=target,
-        to_find=to_find,
-        finder=finder,
-        missed=missed & ~covered,
-        weights=counts.weights,
-        ap50=ap50,
-        gains={name: float(np.maximum(value - ap50, 0)) for name, value in gains.items()},
+        missed=missed,
+        ap50=actual,
+        gains={name: float(np.maximum(value - actual, 0)) for name, value in values.items()},
     )
 
 
 def best_threshold(errors: Errors) -> tuple[float, float]:
-    """The score that maximises F1 of all classes together, 2 right / (right + wrong + objects).
+    """Find the score threshold with the best F1 over all classes together.
+
+    F1 is 2 correct / (correct + wrong + objects).
 
     Returns:
-        The score, and F1; (0, 0) where nothing is right.
+        The threshold and its F1; (0, 0) if no detection is correct.
     """
-    rows = np.flatnonzero(errors.right | errors.wrong)
+    matches = errors.matches
+    rows = np.flatnonzero(matches.correct | matches.wrong)
     rows = rows[np.argsort(-errors.score[rows], kind="stable")]
-    if not errors.right.any():
+    if not matches.correct.any():
         return 0.0, 0.0
-    right = np.cumsum(errors.right[rows])
-    f1 = 2 * right / (np.arange(1, len(rows) + 1) + np.count_nonzero(errors.to_find))
+    correct = np.cumsum(matches.correct[rows])
+    f1 = 2 * correct / (np.arange(1, len(rows) + 1) + np.count_nonzero(matches.to_find))
     score = errors.score[rows]
-    f1[:-1][score[:-1] == score[1:]] = 0  # a threshold takes all of a score, or none
+    f1[:-1][score[:-1] == score[1:]] = 0  # a threshold cannot separate equal scores
     best = int(f1.argmax())
     return float(score[best]), float(f1[best])
 
 
-def confusion(errors: Errors, truth: GroundTruth, results: Table, least_score: float) -> np.ndarray:
-    """Which classes are taken for which, at IoU 0.5 and from a score on.
+def confusion(
+    errors: Errors, truth: GroundTruth, results: Table, minimum_score: float
+) -> np.ndarray:
+    """Count which classes are mistaken for which, at IoU 0.5.
 
-    What is right stands on the diagonal. Then the other detections take, the best by score first,
-    the object of greatest IoU, whatever its class, that is not found and not taken.
+    Correct detections are on the diagonal. The other detections, in the order of their scores, are
+    matched with the object of the largest IoU, of any class, that has no match yet.
+
+    Args:
+        errors, truth, results: of the same evaluation.
+        minimum_score: detections with lower scores are left out.
 
     Returns:
-        ``(K + 1, K + 1)`` numbers: row the class of the object, column that of the detection, by
-        ``errors.classes``; last the background: a row of detections without an object, duplicates
-        among them, and a column of missed objects.
+        ``(K + 1, K + 1)`` int, with a row for the class of the object and a column for that of the
+        detection, both in the order of ``errors.classes``. The last row is the background:
+        detections without an object, duplicates among them. The last column has the missed objects.
     """
-    size = len(errors.classes)
+    background = len(errors.classes)
     label = np.full(len(truth.classes), -1)
-    label[errors.classes] = range(size)
-    at_least = results.score >= least_score
-    missed = errors.to_find & (errors.found_score < least_score)
-    wrong = errors.wrong & at_least
-    d, g = _by_image(results, wrong), _by_image(truth.objects, missed)
-    pairs = _pairs(results, truth, d, g, MATCH_IOU)
-    every, none = np.arange(len(pairs.truth)), np.zeros(len(g), bool)
-    taken = greedy(pairs, by_preference(pairs, every, pairs.iou, none), none, len(d))
-    hits = np.flatnonzero(taken >= 0)
-    confused = g[pairs.truth[taken[hits]]]
-    matrix = np.zeros((size + 1, size + 1), np.int64)
-    right = results.category[errors.right & at_least]
-    np.add.at(matrix, (label[right], label[right]), 1)
-    of_objects, of_detections = truth.objects.category, results.category
-    np.add.at(matrix, (label[of_objects[confused]], label[of_detections[d[hits]]]), 1)
-    np.add.at(matrix, (size, label[of_detections[np.delete(d, hits)]]), 1)
-    left = np.setdiff1d(g, confused)
-    np.add.at(matrix, (label[of_objects[left]], size), 1)
+    label[errors.classes] = range(background)
+    kept = results.score >= minimum_score
+    unmatched = errors.matches.to_find & (errors.matched_score < minimum_score)
+    d, g = _by_image(results, errors.matches.wrong & kept), _by_image(truth.objects, unmatched)
+    pairs = _pairs_of_any_class(results, truth, d, g, MATCH_IOU)
+    nowhere = np.zeros(len(g), bool)
+    ordered = sort_by_preference(pairs, np.arange(len(pairs.truth)), pairs.iou, nowhere)
+    pair = match_greedily(pairs, ordered, reusable=nowhere, detections=len(d))
+    hits = np.flatnonzero(pair >= 0)
+    confused = g[pairs.truth[pair[hits]]]
+    missed = np.setdiff1d(g, confused)
+    predicted, actual = label[results.category], label[truth.objects.category]
+    matrix = np.zeros((background + 1, background + 1), np.int64)
+    correct = predicted[errors.matches.correct & kept]
+    np.add.at(matrix, (correct, correct), 1)
+    np.add.at(matrix, (actual[confused], predicted[d[hits]]), 1)
+    np.add.at(matrix, (background, predicted[np.delete(d, hits)]), 1)
+    np.add.at(matrix, (actual[missed], background), 1)
     return matrix
 
 
-def _at_half(protocol: Protocol) -> Protocol:
-    """What of a protocol tells right from wrong: IoU 0.5, all sizes, all that counts."""
+def _at_match_iou(protocol: Protocol) -> Protocol:
+    """Reduce a protocol to IoU 0.5, all sizes and its largest number of detections."""
     return replace(
         protocol,
         iou_thresholds=(MATCH_IOU,),
@@ -197,109 +203,107 @@ def _at_half(protocol: Protocol) -> Protocol:
     )
 
 
-def _kinds(
-    truth: GroundTruth, results: Table, wrong: np.ndarray, to_find: np.ndarray
+def _assign_kinds(
+    truth: GroundTruth, results: Table, matches: Matches
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``kind`` and ``target`` of ``Errors``."""
-    d, g = _by_image(results, wrong), _by_image(truth.objects, to_find)
-    pairs = _pairs(results, truth, d, g, BACKGROUND_IOU)
-    same = results.category[d[pairs.detection]] == truth.objects.category[g[pairs.truth]]
-    own, own_object = _greatest(pairs, np.flatnonzero(same), len(d))
-    other, other_object = _greatest(pairs, np.flatnonzero(~same), len(d))
-    tests = {
+    """Compute ``kind`` and ``target`` of ``Errors``."""
+    d, g = _by_image(results, matches.wrong), _by_image(truth.objects, matches.to_find)
+    pairs = _pairs_of_any_class(results, truth, d, g, BACKGROUND_IOU)
+    same_class = results.category[d[pairs.detection]] == truth.objects.category[g[pairs.truth]]
+    own, own_object = _largest_iou(pairs, np.flatnonzero(same_class), len(d))
+    other, other_object = _largest_iou(pairs, np.flatnonzero(~same_class), len(d))
+    conditions = {
         LOCALISATION: (own >= BACKGROUND_IOU) & (own <= MATCH_IOU),
         CLASSIFICATION: other >= MATCH_IOU,
         DUPLICATE: own >= MATCH_IOU,
         BACKGROUND: np.maximum(own, other) <= BACKGROUND_IOU,
     }
-    kind, target = np.full(len(wrong), -1), np.full(len(wrong), -1)
-    kind[d] = np.select([*tests.values()], [*tests], BOTH)
-    places = {LOCALISATION: own_object, DUPLICATE: own_object, CLASSIFICATION: other_object}
-    for place, objects in places.items():
-        rows = kind[d] == place
+    n = len(matches.wrong)
+    kind, target = np.full(n, -1), np.full(n, -1)
+    kind[d] = np.select([*conditions.values()], [*conditions], BOTH)
+    targets = {LOCALISATION: own_object, DUPLICATE: own_object, CLASSIFICATION: other_object}
+    for number, objects in targets.items():
+        rows = kind[d] == number
         target[d[rows]] = g[objects[rows]]
     return kind, target
 
 
-def _greatest(pairs: Pairs, which: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """``(count,)`` the greatest IoU of each detection in some of its pairs, and the object."""
-    which = which[np.lexsort((-pairs.iou[which], pairs.detection[which]))]
-    first = which[np.flatnonzero(np.diff(pairs.detection[which], prepend=-1))]
-    iou, truth = np.zeros(count), np.full(count, -1)
-    iou[pairs.detection[first]], truth[pairs.detection[first]] = (
-        pairs.iou[first],
-        pairs.truth[first],
-    )
+def _largest_iou(pairs: Pairs, rows: np.ndarray, detections: int) -> tuple[np.ndarray, np.ndarray]:
+    """``(detections,)`` largest IoU of each detection among some pairs, or 0; and its object."""
+    rows = rows[np.lexsort((-pairs.iou[rows], pairs.detection[rows]))]
+    first = rows[np.flatnonzero(np.diff(pairs.detection[rows], prepend=-1))]
+    iou, truth = np.zeros(detections), np.full(detections, -1)
+    iou[pairs.detection[first]] = pairs.iou[first]
+    truth[pairs.detection[first]] = pairs.truth[first]
     return iou, truth
 
 
-def _by_image(table: Table, which: np.ndarray) -> np.ndarray:
-    """Some rows, by image and descending score."""
-    rows = np.flatnonzero(which)
+def _by_image(table: Table, selected: np.ndarray) -> np.ndarray:
+    """Rows of the selected boxes, by image and descending score."""
+    rows = np.flatnonzero(selected)
     return rows[np.lexsort((-table.score[rows], table.image[rows]))]
 
 
-def _pairs(results: Table, truth: GroundTruth, d: np.ndarray, g: np.ndarray, least: float) -> Pairs:
-    """Pairs of some detections and objects of any class, numbered as in ``d`` and ``g``."""
-    objects = truth.objects
-    return overlapping(
+def _pairs_of_any_class(
+    results: Table, truth: GroundTruth, d: np.ndarray, g: np.ndarray, minimum: float
+) -> Pairs:
+    """Find pairs of detections ``d`` and objects ``g``, numbered by their positions there."""
+    return find_pairs(
         Boxes(results.image[d], results.xywh[d]),
-        Boxes(objects.image[g], objects.xywh[g]),
-        np.zeros(len(g), bool),
-        least,
+        Boxes(truth.objects.image[g], truth.objects.xywh[g]),
+        by_cover=np.zeros(len(g), bool),
+        minimum=minimum,
     )
 
 
-class _Averages:
-    """AP50 by the protocol, and what it would be with other detections and objects."""
+class _Ap50:
+    """AP50 under the protocol, as it is and with changed detections and objects."""
 
     def __init__(
-        self,
-        counts: Counts,
-        truth: GroundTruth,
-        results: Table,
-        protocol: Protocol,
-        right: np.ndarray,
-        wrong: np.ndarray,
+        self, counts: Counts, truth: GroundTruth, results: Table, protocol: Protocol
     ) -> None:
-        self._score, self._category, self._weights = results.score, results.category, counts.weights
-        self._objects, self._classes = truth.objects.category, counts.classes
-        self._in_recall = counts.in_recall[0]
-        self._right, self._wrong = right, wrong
-        self._protocol = protocol
-        # That of ``Counts``: by score, equal scores by image.
+        self._matches, self._targets = counts.matches, counts.targets
+        self._score, self._category = results.score, results.category
+        self._object_category, self._protocol = truth.objects.category, protocol
+        # As in ``counting``: by score, equal scores by image.
         self._order = np.lexsort((results.image, -results.score))
 
-    def mean(
+    def __call__(
         self,
-        right: np.ndarray | None = None,
+        *,
+        correct: np.ndarray | None = None,
         wrong: np.ndarray | None = None,
         category: np.ndarray | None = None,
-        gone: np.ndarray | None = None,
+        removed: np.ndarray | None = None,
     ) -> float:
-        """In per cent; what is not given stays."""
-        right = self._right if right is None else right
-        wrong = self._wrong if wrong is None else wrong
+        """Compute AP50 in per cent.
+
+        Args:
+            correct, wrong: ``(n,)`` bool, true and false positives in place of the actual ones.
+            category: ``(n,)`` int, classes of the detections in place of the actual ones.
+            removed: ``(g,)`` bool, objects to leave out.
+        """
+        correct = self._matches.correct if correct is None else correct
+        wrong = self._matches.wrong if wrong is None else wrong
         category = self._category if category is None else category
-        stays = self._in_recall if gone is None else self._in_recall & ~gone
-        objects = np.bincount(self._objects[stays], minlength=len(self._weights))
-        rows = self._order[(right | wrong)[self._order]]
+        in_recall, weights = self._targets.in_recall[0], self._targets.class_weights
+        remaining = in_recall if removed is None else in_recall & ~removed
+        objects = np.bincount(self._object_category[remaining], minlength=len(weights))
+        rows = self._order[(correct | wrong)[self._order]]
         rows = rows[np.argsort(category[rows], kind="stable")]
-        per_class = np.split(rows, np.searchsorted(category[rows], range(1, len(objects))))
-        classes: Sequence[int] = [k for k in self._classes if objects[k]]
-        values = [self._average(per_class[k], right, wrong, objects[k]) for k in classes]
-        weights = self._weights[classes]
+        rows_of = np.split(rows, np.searchsorted(category[rows], range(1, len(objects))))
+        classes: Sequence[int] = [k for k in self._targets.classes if objects[k]]
+        values = []
+        for k in classes:
+            rows = rows_of[k]
+            class_curve = curve(self._score[rows], correct[rows], wrong[rows], objects[k])
+            values.append(class_curve.average(self._protocol))
+        weights = weights[classes]
         return 100 * float(weights @ np.array(values) / weights.sum()) if values else np.nan
 
-    def first_of_each(self, which: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """``(n,)`` bool: those of ``which`` that have the greatest score of their target."""
-        rows = self._order[which[self._order]]
-        first = np.zeros_like(which)
-        first[rows[np.unique(target[rows], return_index=True)[1]]] = True
-        return first
-
-    def _average(
-        self, rows: np.ndarray, right: np.ndarray, wrong: np.ndarray, objects: int
-    ) -> float:
-        found = curve(self._score[rows], right[rows], wrong[rows], objects)
-        return found.average(self._protocol)
+    def best_per_target(self, selected: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """``(n,)`` bool, the selected detection of the highest score for each target."""
+        rows = self._order[selected[self._order]]
+        best = np.zeros_like(selected)
+        best[rows[np.unique(target[rows], return_index=True)[1]]] = True
+        return best

@@ -1,4 +1,4 @@
-"""Boxes that lie in ignore regions, as the VisDrone-DET toolkit finds them."""
+"""Boxes inside ignore regions, by the rules of the VisDrone-DET toolkit."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ def in_ignore_regions(
     regions: np.ndarray,
     sizes: np.ndarray,
 ) -> np.ndarray:
-    """Boxes of which at least half lies inside the regions of their image.
+    """Find the boxes that lie at least half inside the ignore regions of their image.
 
-    The toolkit counts pixels, from 1 on. A region has those from its corner to corner plus side,
-    both included; a box those behind its rounded corner, as many as its rounded sides say. What
-    reaches over the image's edge counts in a box's area and is never inside.
+    The toolkit counts pixels, starting from 1. A region covers the pixels from its corner to its
+    corner plus side, both included. A box covers as many pixels as its rounded sides say, starting
+    after its rounded corner. Parts of a box beyond the edge of the image belong to its area, but
+    are never inside a region.
 
     Args:
-        image: ``(n,)`` of each box.
-        xywh: ``(n, 4)`` in px.
-        region_image: ``(r,)`` of each region.
-        regions: ``(r, 4)`` XYWH in px; they may overlap.
-        sizes: ``(images, 2)``, width and height of all images in px.
+        image: ``(n,)`` position of each box's image.
+        xywh: ``(n, 4)`` boxes, in pixels.
+        region_image: ``(r,)`` position of each region's image.
+        regions: ``(r, 4)`` XYWH in pixels; they may overlap.
+        sizes: ``(images, 2)``, width and height of all images, in pixels.
 
     Returns:
         ``(n,)`` bool.
@@ -38,7 +39,7 @@ def in_ignore_regions(
         high = np.minimum(sizes[index], low + sides)
         region_low, region_sides = _pixels(regions[region_image == index])
         region_high = np.minimum(sizes[index], region_low + region_sides) + 1
-        # The regions' edges cut the image into cells that are either inside or outside.
+        # The edges of the regions cut the image into cells that are either inside or outside.
         x, y = (np.unique([region_low[:, axis], region_high[:, axis]]) for axis in (0, 1))
         cells = np.zeros((len(y) - 1, len(x) - 1))
         for (x0, y0), (x1, y1) in zip(region_low, region_high, strict=True):
@@ -50,12 +51,12 @@ def in_ignore_regions(
 
 
 def _pixels(xywh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First pixels and sides, at least 1, with halves rounded up."""
+    """Round corners and sides to whole pixels, at least 1, halves upwards."""
     whole = np.maximum(1, np.floor(xywh + 0.5)).astype(np.int64)
     return whole[:, :2], whole[:, 2:]
 
 
 def _shared(low: np.ndarray, high: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """``(n, cells)``: pixels that n ranges [low, high) share with the cells between edges."""
+    """``(n, cells)`` number of pixels that n ranges [low, high) share with the cells."""
     starts, stops = edges[:-1], edges[1:]
     return np.clip(np.minimum(high[:, None], stops) - np.maximum(low[:, None], starts), 0, None)

@@ -1,4 +1,4 @@
-"""How detections are counted: one description per benchmark, and what it reports."""
+"""Evaluation protocols of the benchmarks: how detections are counted, and what is reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LARGEST = 1e10
 
 @dataclass(frozen=True)
 class SizeBin:
-    """A range of areas in px²; both ends belong to it, as in COCO's evaluation."""
+    """A range of areas in px², both ends included, as in COCO's evaluation."""
 
     name: str
     low: float
@@ -24,14 +24,14 @@ class SizeBin:
 
 @dataclass(frozen=True)
 class Metric:
-    """One reported number: a mean over the classes, in per cent.
+    """A reported number: a mean over the classes, in per cent.
 
     Attributes:
-        name: under which it is reported.
-        kind: average precision, or the recall that all counted detections reach.
-        iou: the threshold; None is the mean over all of the protocol.
+        name: name that it is reported under.
+        kind: average precision, or the recall of all counted detections.
+        iou: IoU threshold; None for the mean over all thresholds of the protocol.
         size: name of the size bin.
-        max_detections: None is the largest of the protocol.
+        max_detections: limit of the number of detections; None for the protocol's largest.
     """
 
     name: str
@@ -43,23 +43,25 @@ class Metric:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a benchmark's own evaluation does.
+    """The evaluation of a benchmark.
 
     Attributes:
-        name: in TEST.PROTOCOL.
+        name: value of TEST.PROTOCOL.
         description: one line for logs and files.
-        size_bins: the first has all sizes, where the protocol knows no others.
-        max_detections: how many, ascending; the best count, by score.
+        size_bins: the first has all sizes that the protocol evaluates.
+        max_detections: limits of the number of detections, ascending; those of the highest scores
+            are kept.
         iou_thresholds: ascending, 0.5 among them.
-        metrics: what is reported besides "AP-<class>"; the first is the benchmark's own measure.
-        per_image: ``max_detections`` counts those of all classes of an image together, and not
-            those of each class.
-        ignore_regions: boxes at least half inside a region are dropped, truth and detections.
-        ignores_parts: a detection that finds no object may lie within any ignored one, also one
-            that only this size bin ignores; elsewhere only a crowd takes several detections.
-        interpolation: the precision is averaged over 101 recalls, or over every recall reached.
-        recall_of_ignored: ignored objects count as not found in the recall.
-        class_weights: each class alike, or by the number of images that have it.
+        metrics: reported metrics besides "AP-<class>"; the first is the benchmark's main one.
+        per_image: whether ``max_detections`` holds for all classes of an image together, instead
+            of each class in an image.
+        ignore_regions: whether objects and detections at least half inside an ignore region are
+            dropped.
+        ignores_parts: whether an unmatched detection inside any ignored object is ignored, even
+            if only this size bin ignores the object; otherwise this holds for crowds only.
+        interpolation: whether precision is averaged over 101 recalls, or over all that are reached.
+        recall_of_ignored: whether ignored objects count as not found in the recall.
+        class_weights: whether all classes weigh the same, or by their numbers of images.
         left_out: names of classes that are not evaluated.
     """
 
@@ -79,7 +81,7 @@ class Protocol:
 
     @property
     def title(self) -> str:
-        """For logs."""
+        """Name and description, for logs."""
         return f"the protocol {self.name} ({self.description})"
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class Protocol:
 
 
 def _sides(*bins: tuple[str, float, float]) -> tuple[SizeBin, ...]:
-    """Bins by the side in px of a square; infinity as far as COCO's evaluation goes."""
+    """Size bins by the side of a square, in pixels; infinity becomes the limit of COCO."""
     return tuple(SizeBin(name, low**2, min(high**2, _LARGEST)) for name, low, high in bins)
 
 
@@ -176,14 +178,18 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
     )
 }
-"""By name; docs/evaluation.md says where each comes from and what it does."""
+"""All protocols by name; docs/evaluation.md describes them and where they come from."""
 
 
 def choose_protocol(name: str, detections_per_image: int) -> Protocol:
-    """The protocol of TEST.PROTOCOL; COCO's takes TEST.DETECTIONS_PER_IMAGE for its 100.
+    """Look up a protocol.
+
+    Args:
+        name: value of TEST.PROTOCOL.
+        detections_per_image: limit of the protocol "coco", in place of its 100.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: if there is no protocol of that name.
     """
     if name not in PROTOCOLS:
         raise ConfigError(

@@ -18,14 +18,14 @@ from dr2net_d2.errors import DatasetError
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """n boxes, in the order of the JSON or of the results.
+    """n objects in the order of the JSON, or n detections in that of the results.
 
     Attributes:
-        image, category: ``(n,)`` int64, positions among the ascending ids of the JSON.
-        xywh: ``(n, 4)`` float64 in px.
-        area: ``(n,)`` float64 in px², as annotated for objects.
-        crowd: ``(n,)`` bool, objects to be ignored.
-        score: ``(n,)`` float64 of detections; 1 for objects.
+        image, category: ``(n,)`` int64, positions among the sorted ids of the JSON.
+        xywh: ``(n, 4)`` float64, in pixels.
+        area: ``(n,)`` float64, in px²; of objects, as annotated.
+        crowd: ``(n,)`` bool, objects that are ignored.
+        score: ``(n,)`` float64; 1 for objects.
     """
 
     image: np.ndarray
@@ -38,15 +38,15 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class GroundTruth:
-    """What a JSON says is to be found.
+    """The annotations of a dataset.
 
     Attributes:
-        image_ids, category_ids: ascending.
+        image_ids, category_ids: ids of the JSON, ascending.
         classes: names of the categories.
-        sizes: ``(images, 2)`` int64, width and height in px.
-        objects: the annotations.
-        region_image: ``(r,)`` of the ignore regions.
-        regions: ``(r, 4)`` XYWH in px.
+        sizes: ``(images, 2)`` int64, width and height, in pixels.
+        objects: the annotated objects.
+        region_image: ``(r,)`` int64, position of each ignore region's image.
+        regions: ``(r, 4)`` float64, XYWH in pixels.
     """
 
     image_ids: np.ndarray
@@ -59,7 +59,11 @@ class GroundTruth:
 
 
 def read_truth(json_file: str | Path) -> GroundTruth:
-    """Read a JSON of annotations; absent ``area`` and ``iscrowd`` are filled in."""
+    """Read annotations in COCO format; missing ``area`` and ``iscrowd`` are filled in.
+
+    Raises:
+        DatasetError: if an annotation has an unknown image or category.
+    """
     document = json.loads(Path(json_file).read_bytes())
     images = sorted(document["images"], key=lambda row: row["id"])
     categories = sorted(document["categories"], key=lambda row: row["id"])
@@ -92,19 +96,19 @@ def read_truth(json_file: str | Path) -> GroundTruth:
 
 
 def read_results(results: Sequence[dict[str, Any]], truth: GroundTruth) -> Table:
-    """Detections in COCO format.
+    """Convert detections in COCO format.
 
     Raises:
-        DatasetError: an image or a category that the truth does not have, or a box or a score that
-            is not finite.
+        DatasetError: if a detection has an image or a category that is not in the ground truth, or
+            a box or a score that is not finite.
     """
     xywh = _xywh(results)
     score = np.fromiter(map(itemgetter("score"), results), float, len(results))
     bad = ~(np.isfinite(score) & np.isfinite(xywh).all(axis=1))
     if bad.any():
         raise DatasetError(
-            f"result {reprlib.repr(results[int(bad.argmax())])} is not finite; remove it, or see "
-            "why the detector gives it"
+            f"result {reprlib.repr(results[int(bad.argmax())])} is not finite; remove it, or find "
+            "out why the detector predicts it"
         )
     images, categories = _column(results, "image_id"), _column(results, "category_id")
     return Table(
@@ -126,13 +130,14 @@ def _xywh(rows: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.fromiter(numbers, float, 4 * len(rows)).reshape(-1, 4)
 
 
-def _positions(ids: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
+def _positions(ids: np.ndarray, wanted: np.ndarray, name: str) -> np.ndarray:
+    """Positions among sorted ids; ``name`` says what they are, for errors."""
     if not len(wanted):
         return np.zeros(0, np.int64)
     positions = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
     if (unknown := ids[positions] != wanted).any():
         raise DatasetError(
-            f"{what} {wanted[unknown][0]} is not in the ground truth; give the detections and the "
+            f"{name} {wanted[unknown][0]} is not in the ground truth; give the detections and the "
             "annotations of the same dataset"
         )
     return positions

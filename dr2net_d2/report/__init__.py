@@ -1,4 +1,4 @@
-"""The page about a finished training: what its detector gets wrong, and where.
+"""The report on a finished training: what the detector gets wrong, and where.
 
-In: an output folder, or results and a dataset. Out: one HTML file that works offline, and JSON.
+In: an output folder, or detections and a dataset. Out: one offline HTML file, its charts and JSON.
 """

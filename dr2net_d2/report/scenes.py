@@ -1,4 +1,4 @@
-"""Images with what is wrong in them: missed objects, wrong classes, false positives, duplicates."""
+"""Images with their errors: missed objects, wrong classes, other false positives, duplicates."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
+from dr2net_d2.evaluation import CLASSIFICATION, DUPLICATE, Errors, GroundTruth, Table
 from dr2net_d2.inference import place_labels
 
 # Okabe and Ito's colours; the lines differ as well.
@@ -25,13 +26,13 @@ STYLES: dict[str, tuple[str, str, float]] = {
     "false positive": ("#56B4E9", "--", 2.0),
     "duplicate": ("#F0E442", ":", 2.2),
 }
-"""Group of boxes -> colour, line and its width in points; later ones are drawn over earlier."""
+"""Group of boxes -> colour, line style and width in points; later groups are drawn on top."""
 
 CROP, WHOLE = 600, 1280
-"""Px of the longer side of the pictures."""
+"""Longer side of the pictures, in pixels."""
 
 _DPI = 120
-_MOST_CAPTIONS = 24
+_MAX_CAPTIONS = 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +41,8 @@ class Scene:
 
     Attributes:
         pixels: ``(H, W, 3)`` uint8, RGB.
-        boxes: group of ``STYLES`` -> ``(n, 4)`` XYWH in px.
-        captions: group -> n texts; a group may have none.
+        boxes: group of ``STYLES`` -> ``(n, 4)`` XYWH in pixels.
+        captions: group -> text of each box; groups without captions are left out.
     """
 
     pixels: np.ndarray
@@ -49,9 +50,13 @@ class Scene:
     captions: Mapping[str, Sequence[str]]
 
     def window(self) -> tuple[int, int, int, int]:
-        """XYWH in px of the square, cut by the image, that has the most errors.
+        """Find the region with the most errors.
 
-        It is about 12 of their sides wide, so that small objects can be seen.
+        It is a square about 12 times as wide as their boxes, so that small objects can be seen,
+        or less where the image is smaller.
+
+        Returns:
+            XYWH in pixels; the whole image if there are no errors.
         """
         height, width = self.pixels.shape[:2]
         groups = ("missed", "wrong class", "false positive", "duplicate")
@@ -67,13 +72,65 @@ class Scene:
         return x, y, int(size[0]), int(size[1])
 
 
-def draw_scene(scene: Scene, window: tuple[int, int, int, int], longest: int) -> np.ndarray:
-    """A part of a scene.
+def make_scene(
+    pixels: np.ndarray,
+    position: int,
+    errors: Errors,
+    truth: GroundTruth,
+    results: Table,
+    minimum_score: float,
+) -> Scene:
+    """Show the errors in an image, with the detections from a minimum score on.
 
     Args:
-        window: XYWH in px.
-        longest: px of the longer side of the picture; a whole image is not enlarged more than 4
-            times.
+        pixels: ``(H, W, 3)`` uint8, RGB.
+        position: of the image in the ground truth.
+        errors, truth, results: of the same evaluation.
+        minimum_score: detections with lower scores are left out.
+    """
+    objects, matches = truth.objects, errors.matches
+    g = np.flatnonzero(objects.image == position)
+    d = np.flatnonzero(
+        (results.image == position) & matches.wrong & (results.score >= minimum_score)
+    )
+    confused, duplicate = (d[errors.kind[d] == kind] for kind in (CLASSIFICATION, DUPLICATE))
+    others = np.setdiff1d(d, [*confused, *duplicate])
+    matched = errors.matched_score[g] >= minimum_score
+    # An object that is taken for another class is shown by the detection alone.
+    missed = np.setdiff1d(g[matches.to_find[g] & ~matched], errors.target[confused])
+    regions = truth.regions[truth.region_image == position]
+
+    def class_names(rows: np.ndarray, table: Table) -> list[str]:
+        return [truth.classes[k] for k in table.category[rows].tolist()]
+
+    actual = class_names(errors.target[confused], objects)
+    predicted = class_names(confused, results)
+    return Scene(
+        pixels=pixels,
+        boxes={
+            "ignored": np.concatenate([objects.xywh[g[matches.truth_ignored[g]]], regions]),
+            "found": objects.xywh[g[matches.to_find[g] & matched]],
+            "missed": objects.xywh[missed],
+            "wrong class": results.xywh[confused],
+            "false positive": results.xywh[others],
+            "duplicate": results.xywh[duplicate],
+        },
+        captions={
+            "missed": class_names(missed, objects),
+            "wrong class": [f"{a} → {b}" for a, b in zip(actual, predicted, strict=True)],
+            "false positive": class_names(others, results),
+            "duplicate": class_names(duplicate, results),
+        },
+    )
+
+
+def draw_scene(scene: Scene, window: tuple[int, int, int, int], longest: int) -> np.ndarray:
+    """Draw a region of a scene.
+
+    Args:
+        scene: the image and its boxes.
+        window: XYWH of the region, in pixels.
+        longest: longer side of the picture, in pixels; it is enlarged 12 times at most.
 
     Returns:
         ``(H, W, 3)`` uint8, RGB.
@@ -97,7 +154,7 @@ def draw_scene(scene: Scene, window: tuple[int, int, int, int], longest: int) ->
         boxes = (scene.boxes[name] - (x, y, 0, 0)) * scale
         visible = np.all((boxes[:, :2] + boxes[:, 2:] > 0) & (boxes[:, :2] < size), axis=1)
         for left, top, w, h in boxes[visible].tolist():
-            # Around the object, which the line must not hide.
+            # Outside the object, so that the line does not hide it.
             axes.add_patch(
                 Rectangle(
                     (left - 2, top - 2),
@@ -121,7 +178,7 @@ def draw_scene(scene: Scene, window: tuple[int, int, int, int], longest: int) ->
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
-    """Pictures in rows of four, with a legend."""
+    """Arrange pictures with titles in rows of four, above a legend."""
     columns = min(4, max(len(pictures), 1))
     rows = -(-len(pictures) // columns) or 1
     figure = Figure(figsize=(3.6 * columns, 3.9 * rows + 0.5), dpi=110, layout="constrained")
@@ -147,12 +204,12 @@ def _write_captions(
     captions: Sequence[tuple[str, str] | None],
     size: tuple[int, int],
 ) -> None:
-    """Beside the boxes, where they cover the least; none at all where there are too many."""
+    """Write captions beside the boxes, where they cover least; none if there are too many."""
     rows = [i for i, caption in enumerate(captions) if caption is not None]
-    if len(rows) > _MOST_CAPTIONS:
+    if len(rows) > _MAX_CAPTIONS:
         return
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    # Those with a caption first, as place_labels goes by their order.
+    # place_labels takes the first boxes for those with a caption.
     order = [*rows, *(i for i in range(len(boxes)) if i not in set(rows))]
     texts = [caption for caption in captions if caption is not None]
     extents = [(round(8.1 * len(text)) + 6, 18) for text, _ in texts]

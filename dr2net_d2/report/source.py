@@ -1,4 +1,4 @@
-"""What a report is about: the test set and protocol that config.yaml records, and the results."""
+"""The inputs of a report: test set and protocol from config.yaml, and the detections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEYS = {"image_id", "category_id", "bbox", "score"}
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was evaluated, and by what; ``detections_per_image`` is of the protocol "coco"."""
+    """Dataset and protocol of an evaluation; ``detections_per_image`` is for protocol "coco"."""
 
     dataset: str
     protocol: str = "coco"
@@ -25,14 +25,14 @@ class Recorded:
 
 
 def recorded(output_dir: Path, dataset: str | None, protocol: str | None) -> Recorded:
-    """Read config.yaml of a training, of a YAML config or a LazyConfig.
+    """Read the config.yaml of a training, written from a YAML config or a LazyConfig.
 
     Args:
-        output_dir: where it lies; it need not if a dataset is given.
-        dataset, protocol: in place of those of the config.
+        output_dir: folder of config.yaml, which may be missing if ``dataset`` is given.
+        dataset, protocol: used in place of those of the config.
 
     Raises:
-        ConfigError: no config, or one that does not tell the dataset, and none is given.
+        ConfigError: if config.yaml cannot be read or names no dataset, and none is given.
     """
     path = output_dir / "config.yaml"
     if not path.is_file():
@@ -49,22 +49,22 @@ def recorded(output_dir: Path, dataset: str | None, protocol: str | None) -> Rec
         raise ConfigError(f"{path} cannot be read ({reason}); restore it") from error
     test = _at(config, "TEST") or {}
     evaluator = _at(config, "dataloader", "evaluator") or {}
-    # Several test sets share one file of results, which is that of the last in the end.
+    # Several test sets write the same results file, so it has the detections of the last one.
     names = _at(config, "DATASETS", "TEST") or _at(config, "dataloader", "test", "dataset", "names")
     name = dataset or (names[-1] if isinstance(names, list) and names else names)
     if not isinstance(name, str) or name.startswith("${"):
         raise ConfigError(f"{path} names no test set (found {reprlib.repr(names)}); give --dataset")
-    most = test.get("DETECTIONS_PER_IMAGE") or evaluator.get("max_dets_per_image")
-    named = test.get("PROTOCOL") or evaluator.get("protocol") or "coco"
-    return Recorded(name, protocol or named, most if isinstance(most, int) else 100)
+    limit = test.get("DETECTIONS_PER_IMAGE") or evaluator.get("max_dets_per_image")
+    protocol = protocol or test.get("PROTOCOL") or evaluator.get("protocol") or "coco"
+    return Recorded(name, protocol, limit if isinstance(limit, int) else 100)
 
 
 def read_detections(path: Path) -> list[dict[str, Any]]:
-    """Read results in COCO format.
+    """Read detections in COCO format.
 
     Raises:
-        ConfigError: no such file.
-        DatasetError: it is not JSON, or not of boxes.
+        ConfigError: if the file cannot be opened.
+        DatasetError: if it is not JSON, or has no boxes.
     """
     try:
         results = json.loads(path.read_bytes())
@@ -80,14 +80,14 @@ def read_detections(path: Path) -> list[dict[str, Any]]:
     for row in results:
         if not isinstance(row, dict) or not row.keys() >= _KEYS or len(row["bbox"]) != 4:
             raise DatasetError(
-                f"{path}: result {reprlib.repr(row)}; each needs {', '.join(sorted(_KEYS))}, the "
+                f"{path}: result {reprlib.repr(row)}; each needs {', '.join(sorted(_KEYS))}, with "
                 "bbox as x, y, width, height"
             )
     return results
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Takes Python's tags, which LazyConfig.save leaves, for the plain values below them."""
+    """Reads the plain values of Python's tags, which LazyConfig.save writes."""
 
 
 def _plain(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:

@@ -1,4 +1,4 @@
-"""What a report reads from the config.yaml of a LazyConfig run."""
+"""Reports read the test set and protocol of a LazyConfig training from its config.yaml."""
 
 from pathlib import Path
 

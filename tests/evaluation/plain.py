@@ -1,6 +1,6 @@
-"""The benchmarks' own evaluations once more, box by box in plain loops.
+"""Independent evaluations in plain loops, box by box.
 
-Of the VisDrone-DET toolkit (MATLAB) and of TinyPerson's copy of cocoeval.py.
+They follow the VisDrone-DET toolkit (MATLAB) and TinyPerson's copy of cocoeval.py.
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ def per_image(document, rows):
 
 
 def outside_regions(rows, image, regions):
-    """Pixel by pixel, counted from 1: row 0 and column 0 of the map are not of the image."""
+    """Pixel by pixel, counted from 1: row 0 and column 0 of the map are outside the image."""
     width, height = image["width"], image["height"]
     ignored = np.zeros((height + 1, width + 1), bool)
     for region in regions:
@@ -49,7 +49,7 @@ def outside_regions(rows, image, regions):
 
 
 def visdrone_match(truth, detections, threshold):
-    """1 right, 0 wrong, -1 ignored, for each detection by score."""
+    """1 for correct, 0 for wrong, -1 for ignored; for each detection, by descending score."""
     truth = sorted(truth, key=lambda row: row["iscrowd"])
     taken, kinds = set(), []
     for detection in by_score(detections):
@@ -126,7 +126,7 @@ def visdrone(document, results):
 
 
 def tinyperson_match(truth, detections, threshold, low, high):
-    """(1 right, 0 wrong, -1 ignored) for each detection by score, and the number to find."""
+    """The same as ``visdrone_match``, and the number of objects to find."""
 
     def outside(row):
         area = row["bbox"][2] * row["bbox"][3]

@@ -1,4 +1,4 @@
-"""Random crowded scenes: equal overlaps and scores, sides at the edges of size bins, crowds."""
+"""Random crowded scenes with equal overlaps and scores, sides on the bounds of bins, and crowds."""
 
 import json
 
@@ -8,7 +8,7 @@ SIDES = [4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 40, 96, 100]
 
 
 def random_document(rng, images=40, classes=3, regions=False):
-    """A ground truth whose images are independent cases: crowded, with few values."""
+    """A ground truth of independent, crowded images, with few distinct values."""
     annotations, ignored = [], []
     for image in range(1, images + 1):
         for category in range(1, classes + 1):
@@ -30,7 +30,7 @@ def random_document(rng, images=40, classes=3, regions=False):
 
 
 def random_results(rng, document, most=12):
-    """Detections on, near and beside the objects; whole and halved px make ties frequent."""
+    """Detections on, near and beside the objects; whole and half pixels make ties frequent."""
     results = []
     for image in document["images"]:
         for category in document["categories"]:

@@ -1,4 +1,4 @@
-"""Kinds of errors, what mending them gains, and confusions: by hand, and against plain loops."""
+"""Kinds of errors, their gains, and confusions: by hand, and against plain loops."""
 
 import json
 import math
@@ -79,7 +79,7 @@ def test_each_kind_by_hand(scene):
         *("both", "background", "background", ""),
     ]
     assert errors.target.tolist() == [-1, 0, 1, 1, -1, -1, -1, -1]
-    assert errors.finder.tolist() == [0, -1, -1, 7, -1]
+    assert errors.matches.detection.tolist() == [0, -1, -1, 7, -1]
     # The second cat is missed, but two errors point to it.
     assert np.flatnonzero(errors.missed).tolist() == [2, 4]
     # cat: 1 of 3 at precision 1; dog: 1 of 2 at precision 1/5.
@@ -138,12 +138,14 @@ def test_what_is_ignored_is_no_error(scene):
     objects = [(CAT, [0, 0, 40, 40], "crowd"), (DOG, [100, 100, 20, 20])]
     detections = [(CAT, [5, 5, 10, 10], 0.9), (DOG, [100, 100, 20, 20], 0.5)]
     errors, truth, table = scene(objects, detections)
-    assert names(errors) == ["", ""] and not errors.wrong.any() and not errors.missed.any()
+    assert names(errors) == ["", ""] and not errors.matches.wrong.any() and not errors.missed.any()
     assert confusion(errors, truth, table, 0).tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
     # A detection and an object in an ignore region, by a protocol that knows them.
     inside = [*objects, (DOG, [310, 310, 20, 20])], [*detections, (DOG, [350, 350, 20, 20], 0.8)]
     errors, *_ = scene(*inside, regions=[[300, 300, 100, 100]], protocol="visdrone")
-    assert names(errors) == ["", "", ""] and not errors.missed.any() and not errors.counted[2]
+    assert (
+        names(errors) == ["", "", ""] and not errors.missed.any() and not errors.matches.counted[2]
+    )
     errors, *_ = scene(*inside, regions=[[300, 300, 100, 100]])
     assert names(errors) == ["", "", "background"] and errors.missed.tolist() == [
         False,
@@ -162,7 +164,7 @@ def test_without_objects_or_detections(scene):
 
 
 def plain_kinds(document, results, matches, to_find):
-    """(kind, target) of each wrong detection, object by object."""
+    """(kind, target) of each detection, ("", None) unless it is wrong; object by object."""
     kinds = []
     for i, row in enumerate(results):
         if not matches.wrong[i]:
@@ -191,7 +193,7 @@ def plain_kinds(document, results, matches, to_find):
 
 
 def plain_ap50(rows, objects, classes, weights, protocol):
-    """``rows``: (class, score, right) of each detection that counts, in order of equal scores."""
+    """``rows``: (class, score, correct) of each counted detection, equal scores in their order."""
     values, total = 0, 0
     for category in classes:
         if not objects[category]:
@@ -233,7 +235,7 @@ def test_random_scenes_against_plain_loops(name, seed, tmp_path):
     column = {category: k for k, category in enumerate(classes)}
     t = protocol.iou_thresholds.index(0.5)
     order = sorted(range(len(results)), key=lambda i: results[i]["image_id"])
-    # The numbers behind the protocol's recall: those that a perfect detector would find.
+    # The objects that the protocol's recall is relative to.
     in_recall = to_find.copy()
     weights = dict.fromkeys(classes, 1)
     if protocol.recall_of_ignored:
@@ -246,7 +248,7 @@ def test_random_scenes_against_plain_loops(name, seed, tmp_path):
         }  # fmt: skip
 
     def ap50(change=lambda i: None, gone=lambda j: False):
-        """``change(i)``: "away", or the class that a detection is right with; None as it is."""
+        """``change(i)``: "away", the class that makes detection i correct, or None for no change."""
         rows, objects = [], dict.fromkeys(classes, 0)
         for j, row in enumerate(annotations):
             objects[row["category_id"]] += bool(in_recall[j]) and not gone(j)
@@ -291,7 +293,7 @@ def test_random_scenes_against_plain_loops(name, seed, tmp_path):
 
 
 def find_inside(document, protocol, path):
-    """Objects that an ignore region takes out: those that no longer count without crowds."""
+    """Objects inside ignore regions: those that are ignored even if none is a crowd."""
     plain = {**document, "annotations": [{**a, "iscrowd": 0} for a in document["annotations"]]}
     return evaluate_boxes(write(path, plain), [], protocol).matches.truth_ignored
 

@@ -1,4 +1,4 @@
-"""VisDrone's and TinyPerson's evaluations, by hand and against plain loops."""
+"""The protocols of VisDrone and TinyPerson, by hand and against plain loops."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def test_equals_plain_loops(name, seed, tmp_path):
 
 
 def keep_from_thresholds(document, results):
-    """The toolkit gets the share of a detection from its IoU, in another rounding than ours."""
+    """Remove detections with a cover at a threshold, where TinyPerson's code rounds differently."""
     truth = plain.per_image(document, document["annotations"])
     for row in [*results]:
         for other in truth[row["image_id"]]:
@@ -89,7 +89,7 @@ def test_visdrone_takes_the_500_best_of_all_classes(scene):
 
 
 def test_visdrone_averages_over_every_recall(scene):
-    """Right, wrong, right of 3: 1/3 * 1 + 1/3 * 2/3, where COCO has (34 + 33 * 2/3) / 101."""
+    """Correct, wrong, correct of 3 objects: 1/3 + 1/3 * 2/3; COCO has (34 + 33 * 2/3) / 101."""
     path = scene([[10, 10, 20, 20], [40, 40, 20, 20], [70, 70, 20, 20]])
     results = found([10, 10, 20, 20], [70, 10, 20, 20], [40, 40, 20, 20])
     metrics = evaluate_boxes(path, results, PROTOCOLS["visdrone"]).metrics
@@ -149,7 +149,7 @@ def test_visdrones_ignore_regions_drop_what_is_at_least_half_inside(scene, box, 
 
 
 def test_tinypersons_objects_of_other_sizes_excuse_what_lies_within(scene):
-    """A box of 6 px on a person of 30 px: wrong for COCO, beside the matter for bins below."""
+    """A box of 6 px on a person of 30 px is wrong for COCO, but ignored in smaller size bins."""
     path = scene([[10, 10, 30, 30], [60, 60, 6, 6]])
     results = found([12, 12, 6, 6], [60, 60, 6, 6])
     metrics = evaluate_boxes(path, results, PROTOCOLS["tinyperson"]).metrics

@@ -1,4 +1,4 @@
-"""Where pycocotools decides, nothing may differ: not in the last bit, not in a single match."""
+"""Results equal those of pycocotools bit for bit, and match by match."""
 
 import contextlib
 import copy
@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from dr2net_d2.evaluation import PROTOCOLS, evaluate_boxes
 from tests.evaluation.scenes import random_document, random_results, write
 
-# As in AI-TOD's own copy of pycocotools; COCO's are pycocotools' defaults.
+# From AI-TOD's copy of pycocotools; the defaults of pycocotools are those of COCO.
 AITOD = {
     "maxDets": [1, 100, 1500],
     "areaRng": [[0, 1e10], [0, 8**2], [8**2, 16**2], [16**2, 32**2], [32**2, 1e10]],
@@ -57,7 +57,7 @@ def test_arrays_and_matches_are_equal(name, limits, tmp_path):
 
 
 def check_matches(matches, document, theirs):
-    """At IoU 0.5 and all sizes; ids of results are positions + 1 in pycocotools."""
+    """At IoU 0.5 and all sizes; in pycocotools the id of a result is its position + 1."""
     ids = [row["id"] for row in document["annotations"]]
     n, g = len(matches.truth), len(ids)
     found, ignored, counted = np.full(n, 0), np.zeros(n, bool), np.zeros(n, bool)
@@ -75,7 +75,7 @@ def check_matches(matches, document, theirs):
     np.testing.assert_array_equal(matches.ignored, ignored)
     np.testing.assert_array_equal(matches.counted, counted)
     np.testing.assert_array_equal(matches.truth_ignored, truth_ignored)
-    # A crowd takes several: pycocotools keeps the last, and we the best.
+    # Of several detections matched with a crowd, pycocotools keeps the last, and we the best.
     single = ~truth_ignored
     np.testing.assert_array_equal((matches.detection + 1)[single], detection[single])
     np.testing.assert_array_equal(matches.detection >= 0, detection > 0)
@@ -86,7 +86,7 @@ def check_matches(matches, document, theirs):
 
 
 def test_the_first_annotation_may_have_id_0(tmp_path):
-    """pycocotools takes a match with it for none."""
+    """pycocotools mistakes a match with it for no match."""
     document = {
         "images": [{"id": 1, "file_name": "1.png", "width": 90, "height": 70}],
         "categories": [{"id": 1, "name": "class"}],

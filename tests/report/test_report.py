@@ -1,4 +1,4 @@
-"""The report's command, page and pictures, on results with errors of every kind."""
+"""The command, page and pictures of a report, on detections with errors of every kind."""
 
 import html
 import json
@@ -10,6 +10,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import cv2
+import markupsafe
 import numpy as np
 import pytest
 
@@ -17,7 +18,8 @@ from dr2net_d2.data import make_small_digits, register_coco_json, small_digits_f
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.evaluation import choose_protocol, evaluate_boxes
 from dr2net_d2.report import __main__ as report
-from dr2net_d2.report.html import encode
+from dr2net_d2.report.charts import CHARTS
+from dr2net_d2.report.images import encode
 from dr2net_d2.report.scenes import Scene, draw_scene
 from dr2net_d2.report.source import Recorded, recorded
 
@@ -28,7 +30,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def detections(document):
-    """Right, off, of another class, twice, nowhere; and some objects without any."""
+    """Correct, inaccurate, misclassified, duplicate and misplaced detections, or none."""
     rng = np.random.default_rng(0)
     rows = []
     for row in document["annotations"]:
@@ -70,7 +72,7 @@ def output(dataset, tmp_path):
 
 
 def finished(folder, dataset, config=None):
-    """What a training leaves, as far as a report reads it."""
+    """The files of a finished training that a report reads."""
     config = config or {"DATASETS": {"TEST": ["elsewhere", NAME]}, "TEST": {"PROTOCOL": "aitod"}}
     (folder / "inference").mkdir(parents=True)
     (folder / "config.yaml").write_text(json.dumps(config))
@@ -87,7 +89,7 @@ def made(dataset, tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """Fails where tags are not closed in order."""
+    """Fails if tags are not closed in order."""
 
     VOID = ("meta", "link", "img", "br", "source")
 
@@ -127,13 +129,13 @@ def test_the_page_is_whole_and_needs_nothing_else(made):
     assert len(ids) == len(set(ids)) and len(links) > 8 and links <= {f"#{name}" for name in ids}
     assert len(text) < 10_000_000
     for name in (NAME, *CLASSES[:2]):
-        assert name in page.text and html.escape(name) in text
-    assert html.escape(str(made.parent)) in text
+        assert name in page.text and str(markupsafe.escape(name)) in text
+    assert str(markupsafe.escape(made.parent)) in text
 
 
 def test_every_chart_is_a_picture_too(made):
     names = {path.stem for path in made.glob("*.png")}
-    assert names == {*report.PICTURES, "curves_iou50", "curves_iou75", "contact_sheet"}
+    assert names == {*CHARTS, "curves_iou50", "curves_iou75", "contact_sheet"}
     for name in names:
         assert cv2.imread(str(made / f"{name}.png")).std() > 5, name
     assert {path.suffix for path in made.iterdir()} == {".png", ".html", ".json"}
@@ -248,7 +250,7 @@ def something_else(folder):
         (cut_results, [], "not JSON, or cut short"),
         (masks_only, [], "each needs bbox, category_id, image_id, score"),
         (another_dataset, [], "image_id 4711 is not in the ground truth"),
-        (something_else, [], "report exists and is no report; move it away"),
+        (something_else, [], "report exists and is not a report; move it away"),
         (None, ["--dataset", "atlantis"], "dataset 'atlantis' is not known"),
         (None, ["--images", "-1"], "--images is -1; it must be 0 or more"),
     ],
@@ -359,7 +361,7 @@ def test_in_a_browser_on_a_phone(made, tmp_path):
         pytest.skip(f"Chromium does not run here: {done.stderr[-200:]}")
     result = json.loads(html.unescape(match[1]))
     assert "CONSOLE" not in done.stderr and result["faults"] == []
-    assert len(result["images"]) == len(report.PICTURES) + 2 + 2 * 3
+    assert len(result["images"]) == len(CHARTS) + 2 + 2 * 3
     assert min(result["images"]) > 0
     assert result["width"] == 400 and result["scroll"] <= 400 and result["wide"] == 0
     assert result["sections"] == 8 and result["hidden"] == "none"
