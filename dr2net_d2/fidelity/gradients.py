@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
+from dr2net_d2.core import Dr2NetViT, Schedule
 from dr2net_d2.core.checkpointed import checkpointed
 from dr2net_d2.core.fixed_point import StreamRange
 from dr2net_d2.core.memory import (
@@ -32,6 +32,7 @@ from dr2net_d2.core.memory import (
     peak_tensor_bytes,
 )
 from dr2net_d2.core.replay import has_values
+from dr2net_d2.training import passed_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +54,18 @@ class Reference:
         return str(self.dtype).removeprefix("torch.")
 
 
-def schedule_pairs(
-    schedule: CoefficientSchedule, iterations: int, most: int = 9
-) -> list[tuple[float, float]]:
+def schedule_pairs(schedule: Schedule, iterations: int, most: int = 9) -> list[tuple[float, float]]:
     """The distinct (alpha, beta) that a training passes through, in order.
 
     Args:
         schedule: of the coefficients.
         iterations: length of the training.
         most: beyond it they are thinned evenly; the first and the last stay.
+
+    Raises:
+        ConfigError: a schedule that cannot be used, or one with a pair for each function.
     """
-    passed = list(dict.fromkeys(schedule(i / iterations) for i in range(iterations)))
+    passed = passed_pairs(schedule, iterations)
     chosen = np.linspace(0, len(passed) - 1, min(most, len(passed))).round().astype(int)
     return [passed[i] for i in chosen]
 
