@@ -24,14 +24,15 @@ AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def amp_dtype(enabled: bool, name: str, device: str) -> torch.dtype | None:
-    """The dtype of autocast during training, None where mixed precision is not enabled.
+    """The dtype of autocast during training; None if mixed precision is not enabled.
 
     Args:
+        enabled: SOLVER.AMP.ENABLED.
         name: SOLVER.AMP.DTYPE.
         device: MODEL.DEVICE.
 
     Raises:
-        ConfigError: another name, or float16 without a GPU.
+        ConfigError: an unknown dtype, or float16 without a GPU.
     """
     if not enabled:
         return None
@@ -156,16 +157,17 @@ def _fraction(cfg: CfgNode, count_images: Callable[[], int] | None) -> float:
     if not 0 < fraction <= 1:
         raise ConfigError(
             f"MODEL.DR2NET.SCHEDULE.DURATION is {duration} {unit}, {fraction:.2f} of the "
-            f"{cfg.SOLVER.MAX_ITER} iterations of the training; it must be part of it"
+            f"{cfg.SOLVER.MAX_ITER} iterations of the training; it must be above 0 and at most as "
+            "long as the training"
         )
     return fraction
 
 
 def training_tiles(cfg: CfgNode) -> TileChoice | None:
-    """INPUT.TILES, None if it is not enabled.
+    """The tiles that INPUT.TILES asks for; None if it is not enabled.
 
     Raises:
-        ConfigError: numbers that make no tiles.
+        ConfigError: values that no tiles can be made of.
     """
     tiles = cfg.INPUT.TILES
     if not tiles.ENABLED:
@@ -176,10 +178,10 @@ def training_tiles(cfg: CfgNode) -> TileChoice | None:
 
 
 def check_jittering(lsj: CfgNode) -> None:
-    """Refuse an INPUT.LSJ without a side or a range of scales.
+    """Check the crop size and the range of scales in INPUT.LSJ.
 
     Raises:
-        ConfigError: names them.
+        ConfigError: one of them is out of range.
     """
     if lsj.IMAGE_SIZE < 1 or not 0 < lsj.MIN_SCALE <= lsj.MAX_SCALE:
         raise ConfigError(

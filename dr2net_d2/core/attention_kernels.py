@@ -33,10 +33,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 2**23
-"""Size of a chunk of logits: it stays in a processor's cache. On other devices it is qkv's size."""
+"""Bytes of a chunk of logits: it stays in a CPU's cache. On a GPU a chunk is as large as qkv."""
 
 FUSED_WIDTH = 256
-"""The largest head dimension of flash attention kernels."""
+"""Largest head dimension that flash attention kernels take."""
 
 
 class _Plan(NamedTuple):
@@ -294,7 +294,7 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _rows_at_once(qkv_byxtnd: Tensor) -> int:
-    """Rows of queries of one head whose logits make a chunk; it may be more than there are."""
+    """Rows of queries of one head whose logits fill a chunk; may be more than there are."""
     _, h, w, _, _, _ = qkv_byxtnd.shape
     on_cpu = _device_type(qkv_byxtnd) == "cpu"
     limit = CHUNK_BYTES if on_cpu else max(CHUNK_BYTES, qkv_byxtnd.nbytes)
