@@ -60,18 +60,16 @@ def add_dr2net_config(cfg: CfgNode) -> None:
     # Patterns of keys of a checkpoint or of the model that may be superfluous, missing, or of
     # another shape, as the error that refuses them names them.
     dr2net.ALLOW_PARTIAL = []
-    # How alpha and beta move during training; see core.schedule.
+    # How alpha and beta move during training; see core.CoefficientSchedule.
     dr2net.SCHEDULE = node()
-    # "constant", "convex", "alternating", or "package.module.Name" of a function or a class of your
-    # own; such a name is imported, so only use configs with one from people you trust.
     dr2net.SCHEDULE.KIND = "convex"
     dr2net.SCHEDULE.START_BETA = 1 / 16
     dr2net.SCHEDULE.END_BETA = 0.5
-    # When the final coefficients are reached; from then on they hold.
+    # When the final coefficients are reached, from when on they hold.
     dr2net.SCHEDULE.DURATION = 0.5
-    # Unit of DURATION: "fraction" of the training, "iterations" or "epochs".
+    # Of DURATION: "fraction" of the training, "iterations" or "epochs".
     dr2net.SCHEDULE.UNIT = "fraction"
-    # Number of equal stages within it; 0 moves the coefficients at every iteration.
+    # Number of stages within it; 0 moves every iteration.
     dr2net.SCHEDULE.UPDATES = 0
 
     # Of META_ARCHITECTURE "FCOS"; as those of MODEL.RETINANET.
