@@ -1,4 +1,4 @@
-"""A user's module with schedules, which a config names; docs/extending.md shows the same code."""
+"""A user's module with schedules, for configs that name one."""
 
 import sys
 import textwrap
