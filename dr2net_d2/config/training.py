@@ -1,32 +1,38 @@
-"""What the keys of a training mean: schedule of the coefficients, autocast, input."""
+"""What the keys about training mean: the schedule of the coefficients, autocast, tiles, jitter."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 
-from dr2net_d2.core import CoefficientSchedule
-from dr2net_d2.core.schedule import BETA_GRID, snap_to_grid
+from dr2net_d2.core import CoefficientSchedule, Schedule, coefficients_at
+from dr2net_d2.core.schedule import BETA_GRID, SCHEDULES, snap_to_grid
 from dr2net_d2.data.tiling import Grid, TileChoice
 from dr2net_d2.errors import ConfigError, config_section
 
 logger = logging.getLogger(__name__)
 
+SECTION = "MODEL.DR2NET.SCHEDULE"
+
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def amp_dtype(enabled: bool, name: str, device: str) -> torch.dtype | None:
-    """The dtype of autocast during training, None where mixed precision is not enabled.
+    """The dtype of autocast during training; None if mixed precision is not enabled.
 
     Args:
+        enabled: SOLVER.AMP.ENABLED.
         name: SOLVER.AMP.DTYPE.
         device: MODEL.DEVICE.
 
     Raises:
-        ConfigError: another name, or float16 without a GPU.
+        ConfigError: an unknown dtype, or float16 without a GPU.
     """
     if not enabled:
         return None
@@ -41,35 +47,96 @@ def amp_dtype(enabled: bool, name: str, device: str) -> torch.dtype | None:
 
 
 def coefficient_schedule(
-    cfg: CfgNode, count_images: Callable[[], int] | None = None
-) -> CoefficientSchedule:
-    """The schedule of MODEL.DR2NET.SCHEDULE; a beta that exact arithmetic has to snap is logged.
+    cfg: CfgNode, count_images: Callable[[], int] | None = None, exact: bool | None = None
+) -> Schedule:
+    """The schedule of MODEL.DR2NET.SCHEDULE.
+
+    KIND names a shipped one, or "package.module.Name", a function progress -> (alpha, beta) or a
+    class whose instances are such functions. A class is constructed with those of its parameters
+    that ``CoefficientSchedule`` has too: start_beta, end_beta, duration (a fraction of the
+    training), updates, exact. A beta that has to be snapped to the grid is logged.
 
     Args:
-        count_images: gives the number of training images, for a duration in epochs. Without it
+        count_images: returns the number of training images, for a duration in epochs. Without it
             such a schedule takes the same values, over the whole training.
+        exact: whether beta must lie on the grid; if None, as MODEL.DR2NET.ARITHMETIC says.
+
+    Raises:
+        ConfigError: no such schedule, or keys that do not make one.
     """
-    schedule = cfg.MODEL.DR2NET.SCHEDULE
-    exact = cfg.MODEL.DR2NET.ARITHMETIC == "exact"
-    for key in ("START_BETA", "END_BETA") if exact else ():
-        if (snapped := snap_to_grid(schedule[key])) != schedule[key]:
+    section = cfg.MODEL.DR2NET.SCHEDULE
+    if exact is None:
+        exact = cfg.MODEL.DR2NET.ARITHMETIC == "exact"
+    arguments = {
+        "start_beta": section.START_BETA,
+        "end_beta": section.END_BETA,
+        "duration": _fraction(cfg, count_images),
+        "updates": section.UPDATES,
+        "exact": exact,
+    }
+    if "." in section.KIND:
+        schedule, arguments = _own_schedule(section.KIND, arguments)
+    elif section.KIND in SCHEDULES:
+        with config_section(SECTION):
+            schedule = CoefficientSchedule(section.KIND, **arguments)
+    else:
+        raise ConfigError(
+            f"{SECTION}: KIND is {section.KIND!r}; use one of {[*SCHEDULES]}, or "
+            "'package.module.Name' for a function or a class of your own"
+        )
+    for name in ("start_beta", "end_beta") if exact else ():
+        beta = arguments.get(name)
+        if beta is not None and (snapped := snap_to_grid(beta)) != beta:
             logger.info(
-                "MODEL.DR2NET.SCHEDULE.%s %g is snapped to %g: exact arithmetic takes multiples "
-                "of 1/%d",
-                key,
-                schedule[key],
+                "%s.%s %g is snapped to %g: exact arithmetic takes multiples of 1/%d",
+                SECTION,
+                name.upper(),
+                beta,
                 snapped,
                 BETA_GRID,
             )
-    with config_section("MODEL.DR2NET.SCHEDULE"):
-        return CoefficientSchedule(
-            kind=schedule.KIND,
-            start_beta=schedule.START_BETA,
-            end_beta=schedule.END_BETA,
-            duration=_fraction(cfg, count_images),
-            updates=schedule.UPDATES,
-            exact=exact,
+    return schedule
+
+
+def _own_schedule(name: str, arguments: Mapping[str, Any]) -> tuple[Schedule, dict[str, Any]]:
+    """The schedule that "package.module.Name" names, and the arguments that it has taken."""
+    schedule = _imported(name)
+    taken: dict[str, Any] = {}
+    try:
+        if inspect.isclass(schedule):
+            parameters = inspect.signature(schedule).parameters
+            taken = {key: value for key, value in arguments.items() if key in parameters}
+            schedule = schedule(**taken)
+        inspect.signature(schedule).bind(0.0)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{SECTION}.KIND is {name!r}, which is no schedule ({error}); name a function progress "
+            "-> (alpha, beta), or a class whose instances are such functions and whose constructor "
+            f"needs nothing but {', '.join(arguments)}, or some of them"
+        ) from error
+    try:
+        for progress in (0.0, 1.0):
+            coefficients_at(schedule, progress)
+    except ValueError as error:
+        raise ConfigError(f"{SECTION}.KIND is {name!r}: {error}") from error
+    return schedule, taken
+
+
+def _imported(name: str) -> Any:
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, TypeError, ValueError) as error:  # the last two for a leading dot
+        raise ConfigError(
+            f"{SECTION}.KIND is {name!r}, but the module {module_name!r} cannot be imported "
+            f"({error}); install it, or add the folder that it lies in to PYTHONPATH"
+        ) from error
+    if not hasattr(module, attribute):
+        raise ConfigError(
+            f"{SECTION}.KIND is {name!r}, but the module {module_name!r} has no {attribute!r}; "
+            "name a function or a class that is defined there"
         )
+    return getattr(module, attribute)
 
 
 def _fraction(cfg: CfgNode, count_images: Callable[[], int] | None) -> float:
@@ -90,16 +157,17 @@ def _fraction(cfg: CfgNode, count_images: Callable[[], int] | None) -> float:
     if not 0 < fraction <= 1:
         raise ConfigError(
             f"MODEL.DR2NET.SCHEDULE.DURATION is {duration} {unit}, {fraction:.2f} of the "
-            f"{cfg.SOLVER.MAX_ITER} iterations of the training; it must be part of it"
+            f"{cfg.SOLVER.MAX_ITER} iterations of the training; it must be above 0 and at most as "
+            "long as the training"
         )
     return fraction
 
 
 def training_tiles(cfg: CfgNode) -> TileChoice | None:
-    """INPUT.TILES, None if it is not enabled.
+    """The tiles that INPUT.TILES asks for; None if it is not enabled.
 
     Raises:
-        ConfigError: numbers that make no tiles.
+        ConfigError: values that no tiles can be made of.
     """
     tiles = cfg.INPUT.TILES
     if not tiles.ENABLED:
@@ -110,10 +178,10 @@ def training_tiles(cfg: CfgNode) -> TileChoice | None:
 
 
 def check_jittering(lsj: CfgNode) -> None:
-    """Refuse an INPUT.LSJ without a side or a range of scales.
+    """Check the crop size and the range of scales in INPUT.LSJ.
 
     Raises:
-        ConfigError: names them.
+        ConfigError: one of them is out of range.
     """
     if lsj.IMAGE_SIZE < 1 or not 0 < lsj.MIN_SCALE <= lsj.MAX_SCALE:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Attention over a grid of tokens: windows, decomposed relative positions, absolute positions.
 
-The formulas are those of ViTDet (Li et al., arXiv 2203.16527) and, for the relative positions, of
-MViTv2 (arXiv 2112.01526); names of parameters are Detectron2's, so that its checkpoints load.
+The formulas come from ViTDet (Li et al., arXiv 2203.16527) and, for the relative positions, from
+MViTv2 (arXiv 2112.01526). Parameter names are Detectron2's, so that its checkpoints load.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dr2net_d2.core.attention_kernels import KERNELS, choose_kernel
 
 
 def window_partition(x: Tensor, window_size: int) -> Tensor:
-    """(B, H, W, C) -> (B * windows, window_size, window_size, C), zero-padded at the far ends."""
+    """(B, H, W, C) -> (B * windows, window_size, window_size, C), zero-padded at the end."""
     b, h, w, c = x.shape
     x = F.pad(x, (0, 0, 0, -w % window_size, 0, -h % window_size))
     rows, columns = x.shape[1] // window_size, x.shape[2] // window_size
@@ -25,7 +25,7 @@ def window_partition(x: Tensor, window_size: int) -> Tensor:
 
 
 def window_unpartition(windows: Tensor, size: tuple[int, int]) -> Tensor:
-    """The (B, H, W, C) tokens that ``window_partition`` split, ``size`` being (H, W)."""
+    """Undo ``window_partition``: back to (B, H, W, C), with ``size`` = (H, W)."""
     h, w = size
     side, c = windows.shape[1], windows.shape[3]
     rows, columns = -(-h // side), -(-w // side)
@@ -34,14 +34,14 @@ def window_unpartition(windows: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
-    """Vectors for every (query, key) pair on one axis.
+    """A vector for every pair of a query's and a key's position on one axis.
 
     Args:
-        table: (L, C), resized linearly where L is not 2 * size - 1.
+        table: (L, C), one vector for each distance; resized linearly unless L is 2 * size - 1.
         size: number of positions on the axis.
 
     Returns:
-        (size, size, C): row q, column k holds the vector of distance q - k.
+        (size, size, C): element [q, k] is the vector of distance q - k.
     """
     length = 2 * size - 1
     if len(table) != length:
@@ -54,8 +54,9 @@ def absolute_positions(table: Tensor, size: tuple[int, int], has_cls_token: bool
     """Position embeddings for a grid of any shape.
 
     Args:
-        table: (1, P, C) with P a square number, plus one leading class token if ``has_cls_token``.
-        size: (H, W) in tokens; the square table is resized bicubically where it differs.
+        table: (1, P, C) with P a square number, plus one for a leading class token.
+        size: (H, W) in tokens; the square table is resized bicubically if it differs.
+        has_cls_token: whether the table begins with a class token, which is left out.
 
     Returns:
         (1, H, W, C).
@@ -75,10 +76,11 @@ class Attention(nn.Module):
     Args:
         dim: C.
         num_heads: a divisor of C.
-        qkv_bias: bias of query, key and value.
-        use_rel_pos: add decomposed relative position logits.
-        rel_pos_zero_init: start their tables at zero.
-        input_size: (H, W) for which the tables are sized; other sizes are interpolated.
+        qkv_bias: whether query, key and value have a bias.
+        use_rel_pos: whether decomposed relative positions are added to the logits.
+        rel_pos_zero_init: whether their tables start at zero.
+        input_size: (H, W) in tokens that the tables are made for; for other sizes they are
+            interpolated.
 
     Attributes:
         kernel: how attention with relative positions is computed, a name in

@@ -2,14 +2,22 @@
 
     logits[q, k] = <q, k> / sqrt(D) + <q, R_row[y_q, y_k]> + <q, R_column[x_q, x_k]>
 
-Legend, shared by the three functions:
-    qkv      (B, H, W, 3, heads, D): query, key and value of every token
-    rows     (H, H, D): R_row, the vector of every (query row, key row)
-    columns  (W, W, D): R_column
-    result   (B, H, W, heads * D)
+The suffix of a tensor's name has one letter for each of its dimensions:
+    b       images, or windows
+    n       heads
+    y, x    row and column of a query token; q counts both, row by row
+    u, v    row and column of a key token; k counts both, row by row
+    d       channels of a head, D
+    t       query, key and value
 
-``matrix_attention`` is the formula as ViTDet writes it, with a logit of every pair of tokens; the
-others never hold them all. N = H * W below.
+Of a chunk, b, n, y and q count what is in the chunk. All three ways are functions of
+    qkv_byxtnd   query, key and value of every token
+    rows_yud     R_row, a vector for every pair of a query's row and a key's row
+    columns_xvd  R_column
+and give (B, H, W, heads * D), for a grid of H x W tokens.
+
+``matrix_attention`` is the formula as ViTDet writes it, with a logit for every pair of tokens; the
+others never hold all of them.
 """
 
 from __future__ import annotations
@@ -25,10 +33,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 2**23
-"""Of logits: what stays in a processor's cache. On other devices a chunk is as large as qkv."""
+"""Bytes of a chunk of logits: it stays in a CPU's cache. On a GPU a chunk is as large as qkv."""
 
 FUSED_WIDTH = 256
-"""The largest head dimension of flash attention kernels."""
+"""Largest head dimension that flash attention kernels take."""
 
 
 class _Plan(NamedTuple):
@@ -41,11 +49,14 @@ _plan: ContextVar[_Plan | None] = ContextVar("plan", default=None)
 
 @contextmanager
 def planned_for(device_type: str, chunks: int | None = None) -> Iterator[None]:
-    """Choose as on another device: fake tensors that stand for a GPU's live on the CPU.
+    """Choose kernels and chunks as on another device.
+
+    For fake tensors, which stand for a GPU's and live on the CPU.
 
     Args:
         device_type: "cpu" or "cuda".
-        chunks: that are gone through on each axis; for fake tensors, of which all chunks are alike.
+        chunks: number of chunks to compute on each axis, which is enough for fake tensors, as all
+            chunks are alike; None computes all.
     """
     token = _plan.set(_Plan(device_type, chunks))
     try:
@@ -54,11 +65,11 @@ def planned_for(device_type: str, chunks: int | None = None) -> Iterator[None]:
         _plan.reset(token)
 
 
-def choose_kernel(qkv: Tensor) -> str:
-    """The name in ``KERNELS`` of the way that suits qkv's device and size."""
-    _, h, w, _, _, dim = qkv.shape
+def choose_kernel(qkv_byxtnd: Tensor) -> str:
+    """Name in ``KERNELS`` of the way that suits the tensor's device and size."""
+    _, h, w, _, _, dim = qkv_byxtnd.shape
     fits = dim + h + w <= FUSED_WIDTH
-    return "fused" if fits and _device_type(qkv) == "cuda" else "chunked"
+    return "fused" if fits and _device_type(qkv_byxtnd) == "cuda" else "chunked"
 
 
 def _device_type(qkv: Tensor) -> str:
@@ -66,37 +77,40 @@ def _device_type(qkv: Tensor) -> str:
     return plan.device_type if plan else qkv.device.type
 
 
-def matrix_attention(qkv: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """All N x N logits at once."""
-    q, k, v = _heads_first(qkv)
-    on_row, on_column = _position_logits(q, rows, columns)
-    q, k, v = (t.flatten(2, 3) for t in (q, k, v))
-    logits = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
-    pairs = logits.view(*on_row.shape, len(columns))
-    pairs = pairs + on_row.unsqueeze(-1) + on_column.unsqueeze(-2)
-    return _heads_last(pairs.view_as(logits).softmax(-1) @ v, qkv)
+def matrix_attention(qkv_byxtnd: Tensor, rows_yud: Tensor, columns_xvd: Tensor) -> Tensor:
+    """All N x N logits at once, N = H * W."""
+    q_bnyxd, k_bnuvd, v_bnuvd = _heads_first(qkv_byxtnd)
+    row_bnyxu, column_bnyxv = _position_logits(q_bnyxd, rows_yud, columns_xvd)
+    q_bnqd, k_bnkd, v_bnkd = (t.flatten(2, 3) for t in (q_bnyxd, k_bnuvd, v_bnuvd))
+    logits_bnqk = q_bnqd * q_bnqd.shape[-1] ** -0.5 @ k_bnkd.transpose(2, 3)
+    logits_bnyxuv = logits_bnqk.view(*row_bnyxu.shape, len(columns_xvd))
+    logits_bnyxuv = logits_bnyxuv + row_bnyxu.unsqueeze(-1) + column_bnyxv.unsqueeze(-2)
+    out_bnqd = logits_bnyxuv.view_as(logits_bnqk).softmax(-1) @ v_bnkd
+    return _heads_last(out_bnqd, qkv_byxtnd)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def fused_attention(qkv: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def fused_attention(qkv_byxtnd: Tensor, rows_yud: Tensor, columns_xvd: Tensor) -> Tensor:
     """``scaled_dot_product_attention`` with the positions as channels, some heads at a time.
 
-    Saved is qkv alone: the widened queries, keys and values, and the result that a fused kernel
-    wants for its backward, are made again for these heads.
+    Only qkv and the tables are saved. The backward makes the widened queries, keys and values
+    again, and the result that a fused kernel wants for its backward, some heads at a time too.
     """
-    out: Tensor = _Fused.apply(qkv, rows.to(qkv.dtype), columns.to(qkv.dtype))
+    dtype = qkv_byxtnd.dtype
+    out: Tensor = _Fused.apply(qkv_byxtnd, rows_yud.to(dtype), columns_xvd.to(dtype))
     return out
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def chunked_attention(qkv: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def chunked_attention(qkv_byxtnd: Tensor, rows_yud: Tensor, columns_xvd: Tensor) -> Tensor:
     """Some images, heads and query rows at a time; the backward computes their logits again.
 
-    Saved are qkv, the result and one float per query and head, as in FlashAttention (Dao et al.,
-    arXiv 2205.14135). Sums over chunks are float32 or better.
+    Saved are qkv, the tables, the result, and one float for each query and head, as in
+    FlashAttention (Dao et al., arXiv 2205.14135). Sums over chunks are float32 or better.
     """
     # Under autocast the tables may be of another dtype than the products.
-    out: Tensor = _Chunked.apply(qkv, rows.to(qkv.dtype), columns.to(qkv.dtype))
+    dtype = qkv_byxtnd.dtype
+    out: Tensor = _Chunked.apply(qkv_byxtnd, rows_yud.to(dtype), columns_xvd.to(dtype))
     return out
 
 
@@ -107,163 +121,199 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def _heads_first(qkv: Tensor) -> list[Tensor]:
-    """q, k, v, each (B, heads, H, W, D)."""
-    return list(qkv.permute(3, 0, 4, 1, 2, 5))
+def _heads_first(qkv_byxtnd: Tensor) -> list[Tensor]:
+    """q_bnyxd, k_bnuvd, v_bnuvd."""
+    return list(qkv_byxtnd.permute(3, 0, 4, 1, 2, 5))
 
 
-def _heads_last(out: Tensor, qkv: Tensor) -> Tensor:
-    """(B, heads, N, D) -> (B, H, W, heads * D)."""
-    return out.transpose(1, 2).reshape(*qkv.shape[:3], -1)
+def _heads_last(out_bnqd: Tensor, qkv_byxtnd: Tensor) -> Tensor:
+    """(b, n, q, d) -> (b, y, x, n * d)."""
+    return out_bnqd.transpose(1, 2).reshape(*qkv_byxtnd.shape[:3], -1)
 
 
-def _position_logits(q: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """q (B, heads, rows, W, D) -> its logits with every key row and with every key column."""
+def _position_logits(
+    q_bnyxd: Tensor, rows_yud: Tensor, columns_xvd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits of queries with every row and every column of keys: row_bnyxu, column_bnyxv."""
     return (
-        torch.einsum("bnywd,ykd->bnywk", q, rows),
-        torch.einsum("bnywd,wkd->bnywk", q, columns),
+        torch.einsum("bnyxd,yud->bnyxu", q_bnyxd, rows_yud),
+        torch.einsum("bnyxd,xvd->bnyxv", q_bnyxd, columns_xvd),
     )
 
 
-def _widened_attention(qkv: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """One fused kernel: (B, H, W, heads * D).
+def _widened_attention(qkv_byxtnd: Tensor, rows_yud: Tensor, columns_xvd: Tensor) -> Tensor:
+    """One fused kernel: (b, y, x, n * d).
 
-    A query's position logits are appended to it, to a key the one-hot code of its row and column:
-    one inner product sums all three terms.
+    The position logits of a query are appended to it, and to each key the one-hot code of its row
+    and column, so that one inner product sums all three terms. These vectors are d + u + v wide: e.
     """
-    q, k, v = _heads_first(qkv)
-    h, w = len(rows), len(columns)
-    queries = (q * q.shape[-1] ** -0.5, *_position_logits(q, rows, columns))
-    cells = torch.arange(h * w, device=qkv.device).view(h, w)
-    place = torch.cat([F.one_hot(cells // w, h), F.one_hot(cells % w, w)], -1).to(k.dtype)
-    out = F.scaled_dot_product_attention(
-        torch.cat(queries, -1).flatten(2, 3),
-        torch.cat([k, place.expand(*k.shape[:4], -1)], -1).flatten(2, 3),
-        F.pad(v, (0, h + w)).flatten(2, 3),  # fused kernels want one width
+    q_bnyxd, k_bnuvd, v_bnuvd = _heads_first(qkv_byxtnd)
+    h, w = len(rows_yud), len(columns_xvd)
+    widened_q = (
+        q_bnyxd * q_bnyxd.shape[-1] ** -0.5,
+        *_position_logits(q_bnyxd, rows_yud, columns_xvd),
+    )
+    cells_uv = torch.arange(h * w, device=qkv_byxtnd.device).view(h, w)
+    codes_uve = torch.cat([F.one_hot(cells_uv // w, h), F.one_hot(cells_uv % w, w)], -1)
+    codes_uve = codes_uve.to(k_bnuvd.dtype)
+    out_bnqe = F.scaled_dot_product_attention(
+        torch.cat(widened_q, -1).flatten(2, 3),
+        torch.cat([k_bnuvd, codes_uve.expand(*k_bnuvd.shape[:4], -1)], -1).flatten(2, 3),
+        F.pad(v_bnuvd, (0, h + w)).flatten(2, 3),  # fused kernels want one width
         scale=1.0,
     )
-    return _heads_last(out[..., : v.shape[-1]], qkv)
+    return _heads_last(out_bnqe[..., : v_bnuvd.shape[-1]], qkv_byxtnd)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        ctx.save_for_backward(qkv, rows, columns)
-        out = qkv.new_empty(*qkv.shape[:3], *qkv.shape[4:])
-        for heads in _heads_to_widen(qkv):
-            some = _widened_attention(qkv[..., heads, :], rows, columns)
-            out[..., heads, :] = some.view_as(out[..., heads, :])
-        return out.flatten(3)
+    def forward(ctx: Any, qkv_byxtnd: Tensor, rows_yud: Tensor, columns_xvd: Tensor) -> Tensor:
+        ctx.save_for_backward(qkv_byxtnd, rows_yud, columns_xvd)
+        b, h, w, _, heads, dim = qkv_byxtnd.shape
+        out_byxnd = qkv_byxtnd.new_empty(b, h, w, heads, dim)
+        for some in _heads_to_widen(qkv_byxtnd):
+            out = _widened_attention(qkv_byxtnd[..., some, :], rows_yud, columns_xvd)
+            out_byxnd[..., some, :] = out.view_as(out_byxnd[..., some, :])
+        return out_byxnd.flatten(3)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv, rows, columns = ctx.saved_tensors
-        grad_qkv = torch.empty_like(qkv)
-        sums = [torch.zeros_like(t, dtype=_sum_dtype(qkv)) for t in (rows, columns)]
-        grad = grad.view(*qkv.shape[:3], *qkv.shape[4:])
-        for heads in _heads_to_widen(qkv):
-            tensors = (qkv[..., heads, :], rows, columns)
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv_byxtnd, rows_yud, columns_xvd = ctx.saved_tensors
+        grad_qkv_byxtnd = torch.empty_like(qkv_byxtnd)
+        sum_dtype = _sum_dtype(qkv_byxtnd)
+        grad_rows_yud = torch.zeros_like(rows_yud, dtype=sum_dtype)
+        grad_columns_xvd = torch.zeros_like(columns_xvd, dtype=sum_dtype)
+        grad_out_byxnd = grad_out.view(*qkv_byxtnd.shape[:3], *qkv_byxtnd.shape[4:])
+        for some in _heads_to_widen(qkv_byxtnd):
+            tensors = (qkv_byxtnd[..., some, :], rows_yud, columns_xvd)
             leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-            with torch.enable_grad(), torch.autocast(qkv.device.type, enabled=False):
+            with torch.enable_grad(), torch.autocast(qkv_byxtnd.device.type, enabled=False):
                 out = _widened_attention(*leaves)
-            grad_part, *of_tables = torch.autograd.grad(out, leaves, grad[..., heads, :].flatten(3))
+            grads = torch.autograd.grad(out, leaves, grad_out_byxnd[..., some, :].flatten(3))
             del out
-            grad_qkv[..., heads, :] = grad_part
-            for total, of_table in zip(sums, of_tables, strict=True):
-                total += of_table
-        return grad_qkv, sums[0].to(rows.dtype), sums[1].to(columns.dtype)
+            grad_qkv_byxtnd[..., some, :] = grads[0]
+            grad_rows_yud += grads[1]
+            grad_columns_xvd += grads[2]
+        return (
+            grad_qkv_byxtnd,
+            grad_rows_yud.to(rows_yud.dtype),
+            grad_columns_xvd.to(columns_xvd.dtype),
+        )
 
 
-def _heads_to_widen(qkv: Tensor) -> list[slice]:
+def _heads_to_widen(qkv_byxtnd: Tensor) -> list[slice]:
     """Heads at a time, so that the backward's eight wide tensors hold about 5/3 of qkv's bytes."""
-    _, h, w, _, heads, dim = qkv.shape
+    _, h, w, _, heads, dim = qkv_byxtnd.shape
     return _slices(heads, max(1, 5 * heads * dim // (8 * (dim + h + w))))
 
 
 class _Chunked(torch.autograd.Function):
+    # A name keeps its tensor until the next chunk has one, so large temporaries have none.
+
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        b, h, w, _, heads, dim = qkv.shape
-        out = qkv.new_empty(b, h, w, heads, dim)
+    def forward(ctx: Any, qkv_byxtnd: Tensor, rows_yud: Tensor, columns_xvd: Tensor) -> Tensor:
+        b, h, w, _, heads, dim = qkv_byxtnd.shape
+        out_byxnd = qkv_byxtnd.new_empty(b, h, w, heads, dim)
         # log of the sum of the exponentials of every query's logits
-        lse = qkv.new_empty(b, heads, h, w, dtype=_sum_dtype(qkv))
-        for group in _groups(qkv):
-            q, k, v = _of_group(qkv, group)
-            result = torch.empty_like(q)
-            for some in _row_slices(qkv):
-                logits = _logits(q[:, :, some], k, rows[some], columns)
-                largest = logits.amax(-1, keepdim=True)
-                total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-                mean = (logits.to(qkv.dtype) @ v.flatten(2, 3)).div_(total)
-                result[:, :, some] = mean.view_as(q[:, :, some])
-                lse[(*group, some)] = (largest + total.log_()).view(q[:, :, some].shape[:-1])
-            out[group[0], :, :, group[1]] = result.permute(0, 2, 3, 1, 4)
-        ctx.save_for_backward(qkv, rows, columns, out, lse)
-        return out.view(b, h, w, heads * dim)
+        lse_bnyx = qkv_byxtnd.new_empty(b, heads, h, w, dtype=_sum_dtype(qkv_byxtnd))
+        for images, some_heads in _groups(qkv_byxtnd):
+            q_bnyxd, k_bnkd, v_bnkd = _of_group(qkv_byxtnd, images, some_heads)
+            out_bnyxd = torch.empty_like(q_bnyxd)
+            for some_rows in _row_slices(qkv_byxtnd):
+                chunk_bnyxd = q_bnyxd[:, :, some_rows]
+                logits_bnqk = _logits(chunk_bnyxd, k_bnkd, rows_yud[some_rows], columns_xvd)
+                largest_bnq1 = logits_bnqk.amax(-1, keepdim=True)
+                # From here on in place: the exponentials, then the log of their sum.
+                total_bnq1 = logits_bnqk.sub_(largest_bnq1).exp_().sum(-1, keepdim=True)
+                mean_bnqd = (logits_bnqk.to(qkv_byxtnd.dtype) @ v_bnkd).div_(total_bnq1)
+                out_bnyxd[:, :, some_rows] = mean_bnqd.view_as(chunk_bnyxd)
+                lse_bnyx[images, some_heads, some_rows] = (largest_bnq1 + total_bnq1.log_()).view(
+                    chunk_bnyxd.shape[:-1]
+                )
+            out_byxnd[images, :, :, some_heads] = out_bnyxd.permute(0, 2, 3, 1, 4)
+        ctx.save_for_backward(qkv_byxtnd, rows_yud, columns_xvd, out_byxnd, lse_bnyx)
+        return out_byxnd.view(b, h, w, heads * dim)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv, rows, columns, out, lse = ctx.saved_tensors
-        dtype = qkv.dtype
-        grad_qkv = torch.empty_like(qkv)
-        grad_rows, grad_columns = (torch.zeros_like(t, dtype=lse.dtype) for t in (rows, columns))
-        grad = grad.view_as(out)
-        mean = (grad * out).sum(-1, dtype=lse.dtype)
-        for group in _groups(qkv):
-            q, k, v = _of_group(qkv, group)
-            grad_group = torch.zeros(3, *q.shape, dtype=lse.dtype, device=q.device)
-            grad_q, grad_k, grad_v = grad_group
-            grad_out = grad[group[0], :, :, group[1]].permute(0, 3, 1, 2, 4).contiguous()
-            means = mean[group[0], :, :, group[1]].permute(0, 3, 1, 2)
-            for some in _row_slices(qkv):
-                queries, g = q[:, :, some], grad_out[:, :, some].flatten(2, 3)
-                weights = _logits(queries, k, rows[some], columns)
-                weights.sub_(lse[(*group, some)].reshape(*g.shape[:-1], 1)).exp_()
-                grad_v += (weights.to(dtype).mT @ g).view_as(v)
-                grad_logits = (g @ v.flatten(2, 3).mT).to(lse.dtype)
-                grad_logits.sub_(means[:, :, some].reshape(*g.shape[:-1], 1)).mul_(weights)
-                del weights
-                pairs = grad_logits.view(*queries.shape[:4], *q.shape[2:4])
-                on_row, on_column = pairs.sum(-1).to(dtype), pairs.sum(-2).to(dtype)
-                del pairs
-                grad_rows[some] += torch.einsum("bnywk,bnywd->ykd", on_row, queries)
-                grad_columns += torch.einsum("bnywk,bnywd->wkd", on_column, queries)
-                grad_logits = grad_logits.to(dtype)
-                grad_k += (grad_logits.mT @ queries.flatten(2, 3)).view_as(k)
-                grad_q[:, :, some] = (grad_logits @ k.flatten(2, 3)).view_as(queries)
-                grad_q[:, :, some] += torch.einsum("bnywk,ykd->bnywd", on_row, rows[some])
-                grad_q[:, :, some] += torch.einsum("bnywk,wkd->bnywd", on_column, columns)
-            grad_k *= q.shape[-1] ** -0.5
-            grad_qkv[group[0], :, :, :, group[1]] = grad_group.permute(1, 3, 4, 0, 2, 5)
-        return grad_qkv, grad_rows.to(rows.dtype), grad_columns.to(columns.dtype)
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # For one query of one head, with p its softmax, o its result and g the gradient of o:
+        #     grad v_k = p_k g,   grad logit_k = p_k (<g, v_k> - <g, o>)
+        qkv_byxtnd, rows_yud, columns_xvd, out_byxnd, lse_bnyx = ctx.saved_tensors
+        dtype, sum_dtype = qkv_byxtnd.dtype, lse_bnyx.dtype
+        grad_qkv_byxtnd = torch.empty_like(qkv_byxtnd)
+        grad_rows_yud = torch.zeros_like(rows_yud, dtype=sum_dtype)
+        grad_columns_xvd = torch.zeros_like(columns_xvd, dtype=sum_dtype)
+        g_byxnd = grad_out.view_as(out_byxnd)
+        go_byxn = (g_byxnd * out_byxnd).sum(-1, dtype=sum_dtype)  # <g, o>
+        for images, some_heads in _groups(qkv_byxtnd):
+            q_bnyxd, k_bnkd, v_bnkd = _of_group(qkv_byxtnd, images, some_heads)
+            grad_tbnyxd = torch.zeros(3, *q_bnyxd.shape, dtype=sum_dtype, device=q_bnyxd.device)
+            grad_q_bnyxd = grad_tbnyxd[0]
+            grad_k_bnkd, grad_v_bnkd = grad_tbnyxd[1:].flatten(3, 4)
+            g_bnyxd = g_byxnd[images, :, :, some_heads].permute(0, 3, 1, 2, 4).contiguous()
+            go_bnyx = go_byxn[images, :, :, some_heads].permute(0, 3, 1, 2)
+            for some_rows in _row_slices(qkv_byxtnd):
+                chunk_bnyxd = q_bnyxd[:, :, some_rows]
+                g_bnqd = g_bnyxd[:, :, some_rows].flatten(2, 3)
+                shape_bnq1 = (*g_bnqd.shape[:-1], 1)
+                p_bnqk = _logits(chunk_bnyxd, k_bnkd, rows_yud[some_rows], columns_xvd)
+                p_bnqk.sub_(lse_bnyx[images, some_heads, some_rows].reshape(shape_bnq1)).exp_()
+                grad_v_bnkd += p_bnqk.to(dtype).mT @ g_bnqd
+                grad_logits_bnqk = (g_bnqd @ v_bnkd.mT).to(sum_dtype)
+                grad_logits_bnqk.sub_(go_bnyx[:, :, some_rows].reshape(shape_bnq1)).mul_(p_bnqk)
+                del p_bnqk
+                shape_bnyxuv = (*chunk_bnyxd.shape[:4], *q_bnyxd.shape[2:4])
+                grad_logits_bnyxuv = grad_logits_bnqk.view(shape_bnyxuv)
+                row_bnyxu = grad_logits_bnyxuv.sum(-1).to(dtype)
+                column_bnyxv = grad_logits_bnyxuv.sum(-2).to(dtype)
+                del grad_logits_bnyxuv
+                grad_rows_yud[some_rows] += torch.einsum("bnyxu,bnyxd->yud", row_bnyxu, chunk_bnyxd)
+                grad_columns_xvd += torch.einsum("bnyxv,bnyxd->xvd", column_bnyxv, chunk_bnyxd)
+                grad_logits_bnqk = grad_logits_bnqk.to(dtype)
+                grad_k_bnkd += grad_logits_bnqk.mT @ chunk_bnyxd.flatten(2, 3)
+                grad_q_bnyxd[:, :, some_rows] = (grad_logits_bnqk @ k_bnkd).view_as(chunk_bnyxd)
+                grad_q_bnyxd[:, :, some_rows] += torch.einsum(
+                    "bnyxu,yud->bnyxd", row_bnyxu, rows_yud[some_rows]
+                )
+                grad_q_bnyxd[:, :, some_rows] += torch.einsum(
+                    "bnyxv,xvd->bnyxd", column_bnyxv, columns_xvd
+                )
+            grad_k_bnkd *= q_bnyxd.shape[-1] ** -0.5
+            grad_qkv_byxtnd[images, :, :, :, some_heads] = grad_tbnyxd.permute(1, 3, 4, 0, 2, 5)
+        return (
+            grad_qkv_byxtnd,
+            grad_rows_yud.to(rows_yud.dtype),
+            grad_columns_xvd.to(columns_xvd.dtype),
+        )
 
 
-def _sum_dtype(qkv: Tensor) -> torch.dtype:
-    return torch.promote_types(qkv.dtype, torch.float32)
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _rows_at_once(qkv: Tensor) -> int:
-    """Rows of queries of one head whose logits make a chunk; it may be more than there are."""
-    _, h, w, _, _, _ = qkv.shape
-    limit = CHUNK_BYTES if _device_type(qkv) == "cpu" else max(CHUNK_BYTES, qkv.nbytes)
-    return max(1, limit // (w * h * w * _sum_dtype(qkv).itemsize))
+def _rows_at_once(qkv_byxtnd: Tensor) -> int:
+    """Rows of queries of one head whose logits fill a chunk; may be more than there are."""
+    _, h, w, _, _, _ = qkv_byxtnd.shape
+    on_cpu = _device_type(qkv_byxtnd) == "cpu"
+    limit = CHUNK_BYTES if on_cpu else max(CHUNK_BYTES, qkv_byxtnd.nbytes)
+    return max(1, limit // (w * h * w * _sum_dtype(qkv_byxtnd).itemsize))
 
 
-def _row_slices(qkv: Tensor) -> list[slice]:
-    return _slices(qkv.shape[1], _rows_at_once(qkv))
+def _row_slices(qkv_byxtnd: Tensor) -> list[slice]:
+    return _slices(qkv_byxtnd.shape[1], _rows_at_once(qkv_byxtnd))
 
 
-def _groups(qkv: Tensor) -> list[tuple[slice, slice]]:
+def _groups(qkv_byxtnd: Tensor) -> list[tuple[slice, slice]]:
     """Images and heads that are worked on together."""
-    b, h, _, _, heads, _ = qkv.shape
-    heads_at_once = max(1, _rows_at_once(qkv) // h)
+    b, h, _, _, heads, _ = qkv_byxtnd.shape
+    heads_at_once = max(1, _rows_at_once(qkv_byxtnd) // h)
     images_at_once = max(1, heads_at_once // heads)
     return [
-        (images, some)
+        (images, some_heads)
         for images in _slices(b, images_at_once)
-        for some in _slices(heads, heads_at_once)
+        for some_heads in _slices(heads, heads_at_once)
     ]
 
 
@@ -273,17 +323,21 @@ def _slices(length: int, at_once: int) -> list[slice]:
     return [slice(start, min(start + at_once, length)) for start in starts]
 
 
-def _of_group(qkv: Tensor, group: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, scaled key and value of some images and heads, (images, heads, H, W, D)."""
-    q, k, v = qkv[group[0], :, :, :, group[1]].permute(3, 0, 4, 1, 2, 5).contiguous()
-    return q, k * k.shape[-1] ** -0.5, v
+def _of_group(
+    qkv_byxtnd: Tensor, images: slice, some_heads: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query q_bnyxd, scaled key k_bnkd and value v_bnkd of some images and heads."""
+    qkv_byxtnd = qkv_byxtnd[images, :, :, :, some_heads]
+    q_bnyxd, k_bnuvd, v_bnuvd = qkv_byxtnd.permute(3, 0, 4, 1, 2, 5).contiguous()
+    k_bnuvd = k_bnuvd * k_bnuvd.shape[-1] ** -0.5
+    return q_bnyxd, k_bnuvd.flatten(2, 3), v_bnuvd.flatten(2, 3)
 
 
-def _logits(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(images, heads, rows * W, N) of the queries of some rows, in ``_sum_dtype``."""
-    on_row, on_column = _position_logits(q, rows, columns)
-    logits = (q.flatten(2, 3) @ k.flatten(2, 3).mT).to(_sum_dtype(q))
-    pairs = logits.view(*on_row.shape, len(columns))
-    pairs += on_row.unsqueeze(-1)
-    pairs += on_column.unsqueeze(-2)
-    return logits
+def _logits(q_bnyxd: Tensor, k_bnkd: Tensor, rows_yud: Tensor, columns_xvd: Tensor) -> Tensor:
+    """logits_bnqk of the queries of some rows, in ``_sum_dtype``."""
+    row_bnyxu, column_bnyxv = _position_logits(q_bnyxd, rows_yud, columns_xvd)
+    logits_bnqk = (q_bnyxd.flatten(2, 3) @ k_bnkd.mT).to(_sum_dtype(q_bnyxd))
+    logits_bnyxuv = logits_bnqk.view(*row_bnyxu.shape, len(columns_xvd))
+    logits_bnyxuv += row_bnyxu.unsqueeze(-1)
+    logits_bnyxuv += column_bnyxv.unsqueeze(-2)
+    return logits_bnqk

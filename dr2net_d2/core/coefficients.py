@@ -1,16 +1,16 @@
-"""Scalars that every pass reads and every checkpoint carries, alpha and beta first of all."""
+"""Scalars that every pass reads and every checkpoint carries, above all alpha and beta."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dr2net_d2.core.schedule import BETA_GRID, snap_to_grid
+from dr2net_d2.core.schedule import BETA_GRID, Schedule, Values, snap_to_grid
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class HostScalars(nn.Module):
 
     A value may be a tuple; its buffer then has that many elements. Reading never synchronises with
     a device, and ``.half()`` or ``.to(dtype)`` leave the values alone. The state dict of a plain
-    network, without the names, loads strictly and changes nothing.
+    network, which has no such names, loads strictly and changes nothing.
     """
 
     def __init__(self, **values: Scalar) -> None:
@@ -66,7 +66,7 @@ class Coefficients(HostScalars):
     """The pair (alpha, beta) of all steps of a stack, or one pair for each of its functions.
 
     Args:
-        alpha, beta: in [0, 1], not both 0; a float, or a sequence with one value per function. The
+        alpha, beta: in [0, 1], not both 0; a number, or a sequence with one for each function. The
             default (1, 0) is the pretrained network.
         grid: beta is snapped to multiples of ``1 / grid``, as exact arithmetic requires; None
             takes any beta.
@@ -80,8 +80,8 @@ class Coefficients(HostScalars):
 
     def __init__(
         self,
-        alpha: float | Sequence[float] = 1.0,
-        beta: float | Sequence[float] = 0.0,
+        alpha: Values = 1.0,
+        beta: Values = 0.0,
         grid: int | None = BETA_GRID,
     ) -> None:
         super().__init__(alpha=1.0, beta=0.0)
@@ -90,11 +90,11 @@ class Coefficients(HostScalars):
 
     @property
     def values(self) -> tuple[Scalar, Scalar]:
-        """(alpha, beta), floats; or tuples, where functions have their own."""
+        """(alpha, beta) as floats, or as tuples with one value for each function."""
         return self._host["alpha"], self._host["beta"]
 
     def pairs(self, functions: int) -> list[tuple[float, float]]:
-        """(alpha, beta) of each of a number of functions."""
+        """The pair (alpha, beta) of each function of a stack that has so many."""
         alphas, betas = (_repeated(value, functions) for value in self.values)
         if len(alphas) != functions:
             raise ValueError(
@@ -103,45 +103,91 @@ class Coefficients(HostScalars):
             )
         return list(zip(alphas, betas, strict=True))
 
-    def set(
-        self, alpha: float | Sequence[float], beta: float | Sequence[float]
-    ) -> tuple[Scalar, Scalar]:
+    def set(self, alpha: Values, beta: Values) -> tuple[Scalar, Scalar]:
         """Set both; returns them as set, that is with beta snapped to the grid."""
-        lengths = {len(value) for value in (alpha, beta) if isinstance(value, Sequence)}
-        if len(lengths) > 1 or 0 in lengths:
-            raise ValueError(
-                f"alpha and beta have {sorted(lengths)} values; give both the same number, or one "
-                "value for all"
-            )
-        count = max(lengths, default=1)
-        pairs = [
-            self._checked(a, b)
-            for a, b in zip(_repeated(alpha, count), _repeated(beta, count), strict=True)
-        ]
-        alphas, betas = zip(*pairs, strict=True)
-        if lengths:
-            self.assign(alpha=alphas, beta=betas)
-        else:
-            self.assign(alpha=alphas[0], beta=betas[0])
+        alphas, betas = checked(alpha, beta, self.grid)
+        for asked, snapped in zip(_listed(_numbers(beta)), _listed(betas), strict=False):
+            if snapped != asked:
+                logger.info("beta %g snapped to %g (grid 1/%d)", asked, snapped, self.grid)
+        self.assign(alpha=alphas, beta=betas)
         return self.values
-
-    def _checked(self, alpha: float, beta: float) -> tuple[float, float]:
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            if not (math.isfinite(value) and 0 <= value <= 1):
-                raise ValueError(f"{name} is {value}; it must lie in [0, 1]")
-        if alpha == 0 and beta == 0:
-            raise ValueError("alpha and beta are both 0: the streams would be lost; raise one")
-        if self.grid is not None:
-            snapped = snap_to_grid(beta, self.grid)
-            if snapped != beta:
-                logger.info("beta %g snapped to %g (grid 1/%d)", beta, snapped, self.grid)
-            beta = snapped
-        return float(alpha), float(beta)
 
     def extra_repr(self) -> str:
         alpha, beta = self.values
         return f"alpha={alpha}, beta={beta}"
 
 
-def _repeated(value: float | Sequence[float], count: int) -> tuple[float, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,) * count
+def coefficients_at(
+    schedule: Schedule, progress: float, grid: int | None = BETA_GRID
+) -> tuple[Scalar, Scalar]:
+    """(alpha, beta) of a schedule as ``Coefficients(grid=grid)`` would be set to them.
+
+    Args:
+        schedule: a ``CoefficientSchedule``, or a function of one's own.
+        progress: finished fraction of the training, in [0, 1].
+        grid: see ``Coefficients``.
+
+    Raises:
+        ValueError: names the schedule; it gave no pair, or one that ``Coefficients`` refuses.
+    """
+    values = schedule(progress)
+    try:
+        alpha, beta = values
+        return checked(alpha, beta, grid)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the schedule {schedule_name(schedule)} returned {values!r} at progress "
+            f"{progress:g}: {error}; it must return a pair (alpha, beta), each a number in [0, 1] "
+            "or a sequence with one for each residual function"
+        ) from error
+
+
+def schedule_name(schedule: Schedule) -> str:
+    """What messages call a schedule: a function's name, or the ``repr`` of an object."""
+    return getattr(schedule, "__qualname__", None) or repr(schedule)
+
+
+def checked(alpha: Values, beta: Values, grid: int | None) -> tuple[Scalar, Scalar]:
+    """Floats, or tuples of one length if either is a sequence; beta snapped to the grid.
+
+    Raises:
+        ValueError: see ``Coefficients``.
+    """
+    alpha, beta = _numbers(alpha), _numbers(beta)
+    if isinstance(alpha, float) and isinstance(beta, float):
+        return _checked_pair(alpha, beta, grid)
+    lengths = {len(value) for value in (alpha, beta) if isinstance(value, tuple)}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError(
+            f"alpha and beta have {sorted(lengths)} values; give both the same number, or one "
+            "value for all"
+        )
+    (count,) = lengths
+    pairs = zip(_repeated(alpha, count), _repeated(beta, count), strict=True)
+    alphas, betas = zip(*(_checked_pair(a, b, grid) for a, b in pairs), strict=True)
+    return alphas, betas
+
+
+def _checked_pair(alpha: float, beta: float, grid: int | None) -> tuple[float, float]:
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not (math.isfinite(value) and 0 <= value <= 1):
+            raise ValueError(f"{name} is {value}; it must lie in [0, 1]")
+    if alpha == 0 and beta == 0:
+        raise ValueError("alpha and beta are both 0: the streams would be lost; raise one")
+    return alpha, beta if grid is None else snap_to_grid(beta, grid)
+
+
+def _numbers(value: Values) -> Scalar:
+    """A float, or a tuple of floats for any iterable: arrays and tensors too."""
+    try:
+        return tuple(float(number) for number in value)  # type: ignore[union-attr]
+    except TypeError:
+        return float(value)  # type: ignore[arg-type]
+
+
+def _listed(value: Scalar) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _repeated(value: Scalar, count: int) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,) * count

@@ -23,7 +23,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 class BareConvolution:
-    """The convolution of a module that goes on with a norm or an activation of its own."""
+    """Only the convolution of a module that would apply its norm or activation after it."""
 
     def __init__(self, module: nn.Conv2d) -> None:
         self._module = module
@@ -42,11 +42,12 @@ def lean_chain(layers: Sequence[Layer], x: Tensor, products: int = 1) -> Tensor:
     or update statistics do not belong in here, as they run twice.
 
     Args:
-        layers: in the order of their application. A ReLU changes what the layer before it gave.
-        x: the input of the first layer. If that is a convolution or a linear layer under autocast,
-            its low-precision copy is what is kept.
-        products: convolutions and linear layers in a region, which ends behind the last of them;
-            the others run again in the backward. The first region may have fewer.
+        layers: in the order in which they are applied. A ReLU works in place on the output of the
+            layer before it.
+        x: input of the first layer. If that is a convolution or a linear layer, autocast's
+            low-precision copy of x is what is kept.
+        products: number of convolutions and linear layers in a region, which ends after the last of
+            them; the others run again in the backward. The first region may have fewer.
     """
     if not torch.is_grad_enabled():
         return _apply(layers, x)
@@ -62,28 +63,31 @@ def lean_chain(layers: Sequence[Layer], x: Tensor, products: int = 1) -> Tensor:
 
 
 def regions_of(layers: Sequence[Layer], products: int) -> list[Sequence[Layer]]:
-    """Cut a chain behind every so many convolutions and linear layers, counted from the last."""
-    ends = [i + 1 for i, layer in enumerate(layers) if isinstance(layer, _PRODUCTS)]
-    cuts = [0, *ends[::-1][::products][::-1], len(layers)]
+    """Cut a chain after every so many convolutions and linear layers, counted from the last one."""
+    after_products = [i + 1 for i, layer in enumerate(layers) if isinstance(layer, _PRODUCTS)]
+    count = len(after_products)
+    # The last product ends a region; before it, every one that is a multiple of ``products`` away.
+    ends = [end for i, end in enumerate(after_products, 1) if (count - i) % products == 0]
+    cuts = [0, *ends, len(layers)]
     return [layers[start:end] for start, end in pairwise(cuts) if start < end]
 
 
 def _apply(layers: Sequence[Layer], x: Tensor) -> Tensor:
     for i, layer in enumerate(layers):
-        # What a region starts from is kept and must not change.
+        # The input of a region is kept, so it must not change.
         x = F.relu(x, inplace=i > 0) if type(layer) is nn.ReLU else layer(x)
     return x
 
 
 def has_inner_hooks(module: nn.Module) -> bool:
-    """Whether a module inside this one has hooks, which running it again would call again."""
+    """Whether a submodule has hooks, which would be called again when it runs again."""
     return any(
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-        for part in module.modules()
-        if part is not module
+        submodule._forward_hooks
+        or submodule._forward_pre_hooks
+        or submodule._backward_hooks
+        or submodule._backward_pre_hooks
+        for submodule in module.modules()
+        if submodule is not module
     )
 
 
@@ -109,9 +113,9 @@ def autocast_without_cache(device: torch.device) -> Iterator[None]:
 class SharedCast:
     """One low-precision copy of a tensor for several readers.
 
-    Each ``read`` gives the values of ``x.to(dtype)`` in the same storage, with a gradient that
-    is brought to the dtype of ``x`` before it is added to those of other readers, as if every
-    reader had cast for itself.
+    Each ``read`` returns the values of ``x.to(dtype)`` in the same storage. Its gradient is cast to
+    the dtype of ``x`` before it is added to those of the other readers, as if every reader had cast
+    ``x`` for itself.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -130,7 +134,7 @@ class _ReadCopy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, copy: Tensor) -> Tensor:
         ctx.dtype = x.dtype
-        return copy.detach()  # view_as would change strides of sides of 1
+        return copy.detach()  # view_as would change the strides of dimensions of size 1
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -138,7 +142,7 @@ class _ReadCopy(torch.autograd.Function):
 
 
 def lean_max_pool(x: Tensor) -> Tensor:
-    """Max pooling 2 x 2 that keeps one byte per output: (N, C, H, W) -> (N, C, H // 2, W // 2)."""
+    """2 x 2 max pooling that keeps one byte per output: (N, C, H, W) -> (N, C, H // 2, W // 2)."""
     out: Tensor = _MaxPool2x2.apply(x)
     return out
 
@@ -148,34 +152,34 @@ class _MaxPool2x2(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out, index = F.max_pool2d(x, kernel_size=2, stride=2, return_indices=True)
         width = x.shape[-1]
-        # Of the four in the window, in reading order.
-        place = (index // width % 2 * 2 + index % width % 2).to(torch.uint8)
-        ctx.save_for_backward(place)
+        # Which of the four values in the window it was: 0 to 3, row by row.
+        corner = (index // width % 2 * 2 + index % width % 2).to(torch.uint8)
+        ctx.save_for_backward(corner)
         ctx.shape = x.shape
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (place,) = ctx.saved_tensors
+        (corner,) = ctx.saved_tensors
         out = gradient.new_zeros(ctx.shape)
         height, width = (2 * side for side in gradient.shape[-2:])
         for i in range(4):
-            chosen = torch.where(place == i, gradient, 0)
+            chosen = torch.where(corner == i, gradient, 0)
             out[:, :, i // 2 : height : 2, i % 2 : width : 2] = chosen
         return out
 
 
 class NormInPieces:
-    """LayerNorm over the channels of a map, and an activation, computed in pieces of some rows.
+    """LayerNorm over the channels of a map, and an activation, computed some rows at a time.
 
-    Keeps its input, of the autocast dtype, where plain layers keep float32 copies on a GPU, and has
-    such copies of one piece at a time only. Values are those of the layers; gradients of weight and
-    bias are summed piece by piece.
+    It keeps only its input, in the autocast dtype. On a GPU the plain layers keep float32 copies;
+    here such copies exist for one piece of the map at a time. Values equal those of the layers;
+    gradients of weight and bias are summed piece by piece.
 
     Args:
-        norm: over the last dimension of (N, H, W, C).
-        activation: element by element, without parameters.
-        low: give the autocast dtype, as for a convolution that follows.
+        norm: normalises the last dimension of (N, H, W, C).
+        activation: elementwise, without parameters.
+        low: return the autocast dtype, for a convolution that follows.
 
     Shape: (N, C, H, W) -> the same, channels last.
     """
@@ -196,7 +200,7 @@ class NormInPieces:
         return in_autocast_dtype(y) if self._low else y
 
 
-_PIECE = 2**22  # elements: 16 MB in float32
+_PIECE_ELEMENTS = 2**22  # 16 MB in float32
 
 
 class _NormInPieces(torch.autograd.Function):
@@ -226,8 +230,8 @@ class _NormInPieces(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, *affine = (tensor.detach() for tensor in ctx.saved_tensors)
         needed = ctx.needs_input_grad[:3]
-        of_x = torch.empty_like(x) if needed[0] else None
-        of_affine: list[Tensor | None] = [None, None]
+        grad_x = torch.empty_like(x) if needed[0] else None
+        grad_affine: list[Tensor | None] = [None, None]  # of weight and bias
         for rows in _pieces(x):
             inputs = [
                 tensor.detach().requires_grad_(need)
@@ -236,16 +240,16 @@ class _NormInPieces(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 y = ctx.piece(*inputs)
             wanted = [tensor for tensor in inputs if tensor.requires_grad]
-            found = iter(torch.autograd.grad(y, wanted, gradient[:, :, rows]))
-            if of_x is not None:
-                of_x[:, :, rows] = next(found)
+            grads = iter(torch.autograd.grad(y, wanted, gradient[:, :, rows]))
+            if grad_x is not None:
+                grad_x[:, :, rows] = next(grads)
             for i in (0, 1):
                 if needed[1 + i]:
-                    part, sum_before = next(found), of_affine[i]
-                    of_affine[i] = part if sum_before is None else sum_before.add_(part)
-        return of_x, *of_affine, None
+                    grad, total = next(grads), grad_affine[i]
+                    grad_affine[i] = grad if total is None else total.add_(grad)
+        return grad_x, *grad_affine, None
 
 
 def _pieces(x: Tensor) -> list[slice]:
-    rows = max(1, _PIECE * x.shape[2] // max(x.numel(), 1))
+    rows = max(1, _PIECE_ELEMENTS * x.shape[2] // max(x.numel(), 1))
     return [slice(start, start + rows) for start in range(0, x.shape[2], rows)]

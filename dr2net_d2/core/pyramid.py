@@ -26,7 +26,7 @@ from dr2net_d2.core.vit import Dr2NetViT
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (N, C, H, W)."""
+    """LayerNorm over the channels of a map (N, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -55,20 +55,20 @@ class SimpleFeaturePyramid(nn.Module):
     Args:
         net: the backbone; has ``embed_dim``, ``patch_size`` and ``out_feature``, and gives a dict.
         out_channels: channels of every level.
-        scale_factors: each of 8, 4, 2, 1 or 0.5, descending; level p<n> has stride
-            2^n = patch_size / scale. Detectron2's own ends at 4; 8 is a level of stride 2 for
-            patches of 16 px, one more step of what it does for 4.
+        scale_factors: each is 8, 4, 2, 1 or 0.5, in descending order; level p<n> has stride
+            2^n = patch_size / scale. Detectron2's own pyramid offers 4 at most; 8 applies one more
+            step of the same kind, and gives a level of stride 2 for patches of 16 px.
         top_level: add one level of twice the last stride by subsampling, as Detectron2's
             ``LastLevelMaxPool`` does.
-        lean: keep for the backward, beside the backbone's map, only the output of the last
-            convolution of each level, in the autocast dtype. The others run again: 1 % of a step
-            of ViTDet-B at 1024 px. Outputs are the same, and gradients up to rounding.
+        lean: for the backward, keep only the backbone's map and the output of the last convolution
+            of each level, in the autocast dtype. The other layers run again, which takes 1 % of a
+            step of ViTDet-B at 1024 px. Outputs are the same; gradients are, up to rounding.
 
     Shape: (N, 3, H, W), H and W multiples of ``size_divisibility`` ->
     {"p2": (N, out_channels, H / 4, W / 4), ...}, finest level first.
 
     Raises:
-        ValueError: a scale factor that is not offered, or strides that are no powers of two.
+        ValueError: a scale factor that is not offered, or a stride that is not a power of two.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ def _lean_levels(stages: Iterable[nn.Sequential], feature: Tensor) -> list[Tenso
 
 
 def _in_pieces(stage: nn.Sequential) -> list[Layer]:
-    """The layers of a level, the last a norm, with each norm and activation as one in pieces."""
+    """The layers of a level, with each norm and its activation as one layer; the last is a norm."""
     layers: list[Layer] = []
     for layer in stage:
         if isinstance(layer, ConvNorm):

@@ -1,9 +1,9 @@
-"""What a dense head of convolutions predicts at a few positions, and matching in chunks.
+"""Predictions of a dense convolutional head at a few positions, and matching in chunks.
 
 A region proposal network predicts at every position of every level, but its loss samples a few
-hundred anchors. Gradients reach only what those see: patches of (2 r + 1) x (2 r + 1) positions
-after r convolutions of 3 x 3. Keeping and differentiating these patches alone is exact, keeps
-megabytes in place of all activations, and saves the dense backward.
+hundred anchors. Gradients reach only the positions that these depend on: after r convolutions of
+3 x 3, patches of (2 r + 1) x (2 r + 1) positions. To keep and differentiate only these patches is
+exact; it keeps megabytes instead of all activations, and saves the dense backward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from dr2net_d2.core.lean_chain import autocast_without_cache, in_autocast_dtype
 
 
 def is_sparse(maps: Sequence[Tensor], samples: int, radius: int) -> bool:
-    """Whether squares around so many samples an image are less than the maps (N, C, H, W)."""
+    """Whether the squares around the samples of an image hold less than its maps do.
+
+    Args:
+        maps: (N, C, H, W), one per level.
+        samples: number of samples in an image.
+        radius: of a square, whose side is 2 radius + 1.
+    """
     return samples * (2 * radius + 1) ** 2 < sum(x.shape[2] * x.shape[3] for x in maps)
 
 
@@ -29,25 +35,25 @@ def predictions_at(
     image: Tensor,
     anchor: Tensor,
 ) -> list[Tensor]:
-    """What the dense head of a region proposal network predicts for some anchors, differentiable.
+    """Predictions of the dense head of a region proposal network for some anchors, differentiable.
 
     Args:
         hidden: 3 x 3 convolutions of stride 1 and zero padding 1, each followed by a ReLU.
-        outputs: 1 x 1 convolutions that all read the last hidden layer, the first with one channel
-            per kind of anchor, the others with a multiple, kinds outermost.
+        outputs: 1 x 1 convolutions that all read the last hidden layer; the first has one channel
+            for each kind of anchor, the others several, with the kinds outermost.
         maps: inputs (N, C, H, W), one per level.
         image, anchor: (S,), indices; anchors are numbered in the order level, row, column, kind.
 
     Returns:
-        per output: (S, channels per kind). Other shapes may round otherwise; apart from that, the
-        values of the dense head.
+        For each output (S, channels per kind): the values of the dense head, up to the rounding of
+        convolutions of other shapes.
     """
     kinds = outputs[0].out_channels
     x, inside = patches_at(maps, image, anchor // kinds, radius=len(hidden))
     x = in_autocast_dtype(x)
     with autocast_without_cache(x.device):
         for layer in hidden:
-            # What lies beyond the map is padding for the next layer, whatever this one gives.
+            # Beyond the map the next layer must see padding, not the output of this one.
             inside = inside[..., 1:-1, 1:-1]
             x = torch.where(inside, F.relu(F.conv2d(x, layer.weight, layer.bias)), 0)
         values = [layer(x).flatten(1) for layer in outputs]
@@ -67,8 +73,8 @@ def patches_at(
         image, cell: (S,), indices; cells are numbered in the order level, row, column.
 
     Returns:
-        (S, C, side, side) with side = 2 radius + 1, and which of that is in the map, (S, 1, side,
-        side).
+        The patches (S, C, side, side) with side = 2 radius + 1, and a mask (S, 1, side, side) of
+        the positions that lie in the map.
     """
     steps = torch.arange(-radius, radius + 1, device=cell.device)
     first = 0
@@ -77,7 +83,7 @@ def patches_at(
     for x in maps:
         height, width = x.shape[-2:]
         here = (cell >= first) & (cell < first + height * width)
-        # The remainder spreads what is of other maps: equal indices are slow to differentiate.
+        # The remainder spreads the cells of other maps: equal indices are slow to differentiate.
         own = (cell - first) % (height * width)
         rows = (own // width)[:, None, None] + steps[:, None]
         columns = (own % width)[:, None, None] + steps
@@ -94,12 +100,12 @@ def patches_at(
 
 
 def with_gradient_of(values: Tensor, differentiable: Tensor) -> Tensor:
-    """``values``, bit for bit, whose gradient goes to ``differentiable`` of the same shape."""
+    """``values`` bit for bit; their gradient goes to ``differentiable``, of the same shape."""
     return values.detach() + (differentiable - differentiable.detach())
 
 
 MATCHED_AT_ONCE = 2**24
-"""Similarities: 64 MB in float32, and a few times that in between."""
+"""Overlaps that are computed at once: 64 MB in float32, and temporaries of a few times that."""
 
 
 def best_matches(
@@ -107,36 +113,36 @@ def best_matches(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best object of every candidate, and the best candidates of every object, in chunks.
 
-    Each chunk is compared with the objects around it alone: of candidates in the order of an
-    image's rows, in a scene of thousands of objects, with a few of them.
+    A chunk is compared only with the objects that touch the box around it. Where candidates are in
+    the order of an image's rows, these are a few of the thousands of objects in a crowded scene.
 
     Args:
-        overlap: (o, 4) objects, (n, 4) candidates -> (o, n), not below 0, and 0 for boxes that do
+        overlap: (o, 4) objects, (n, 4) candidates -> (o, n), at least 0, and 0 for boxes that do
             not touch; called twice with each chunk.
         objects: (O, 4) XYXY, O at least 1.
         candidates: (N, 4) XYXY, N at least 1.
-        chunk: candidates at a time.
+        chunk: number of candidates at a time.
 
     Returns:
-        overlap with the best object (N,), its index (N,), and whether the candidate is, ties
-        included, the best one of some object (N,).
+        For each candidate (N,): the overlap with its best object, the index of that object, and
+        whether the candidate is the best one of some object, ties included.
     """
-    chunks = [(part, _touching(objects, part)) for part in candidates.split(chunk)]
+    chunks = [(boxes, _touching(objects, boxes)) for boxes in candidates.split(chunk)]
     highest = objects.new_zeros(len(objects))
     best, indices, is_best = [], [], []
-    for part, near in chunks:
-        values, index = part.new_zeros(len(part)), near.new_zeros(len(part))
+    for boxes, near in chunks:
+        values, index = boxes.new_zeros(len(boxes)), near.new_zeros(len(boxes))
         if len(near):
-            matrix = overlap(objects[near], part)
+            matrix = overlap(objects[near], boxes)
             highest[near] = torch.maximum(highest[near], matrix.amax(dim=1))
             values, index = matrix.max(dim=0)
             index = torch.where(values > 0, near[index], 0)
         best.append(values)
         indices.append(index)
-    # To an object that nothing touches all candidates are equally good.
+    # For an object that no candidate touches, all are equally good.
     untouched = (highest == 0).any()
-    for part, near in chunks:
-        matrix = overlap(objects[near], part)
+    for boxes, near in chunks:
+        matrix = overlap(objects[near], boxes)
         is_best.append(untouched | (matrix == highest[near, None]).any(dim=0))
     return torch.cat(best), torch.cat(indices), torch.cat(is_best)
 

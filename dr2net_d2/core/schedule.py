@@ -1,14 +1,27 @@
-"""How alpha and beta move during finetuning: progress in [0, 1] -> (alpha, beta). No torch here."""
+"""How alpha and beta move during finetuning: progress in [0, 1] -> (alpha, beta). No torch here.
+
+A kind of schedule is a small class with its own parameters. It says which pair belongs to
+``moved``, the finished fraction of the way from the first pair to the last.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Protocol
 
 BETA_GRID = 16
 """Exact arithmetic needs beta to be a multiple of 1 / BETA_GRID (see ``fixed_point``)."""
 
-SCHEDULES = ("constant", "convex", "alternating")
+Values = float | Sequence[float]
+"""One value for all residual functions of a network, or one for each."""
+
+Schedule = Callable[[float], tuple[Values, Values]]
+"""progress in [0, 1] -> (alpha, beta)."""
+
+Snap = Callable[[float], float]
 
 
 def snap_to_grid(beta: float, grid: int = BETA_GRID) -> float:
@@ -17,23 +30,92 @@ def snap_to_grid(beta: float, grid: int = BETA_GRID) -> float:
     return 1 / grid if beta > 0 and snapped == 0 else snapped
 
 
+class Kind(Protocol):
+    """A kind of schedule; its fields are arguments of ``CoefficientSchedule``."""
+
+    def __call__(self, moved: float, snap: Snap = float) -> tuple[float, float]:
+        """(alpha, beta) at ``moved`` in [0, 1], with ``snap`` applied to beta."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """(1 - end_beta, end_beta) from the first iteration: a hard conversion."""
+
+    end_beta: float
+
+    def __post_init__(self) -> None:
+        _check_beta("end_beta", self.end_beta)
+
+    def __call__(self, moved: float, snap: Snap = float) -> tuple[float, float]:
+        beta = snap(self.end_beta)
+        return 1 - beta, beta
+
+
+@dataclass(frozen=True)
+class Convex:
+    """Beta moves linearly from ``start_beta`` to ``end_beta``, and alpha = 1 - beta.
+
+    With a copied first state this nearly keeps the pretrained function all the way.
+    """
+
+    start_beta: float
+    end_beta: float
+
+    def __post_init__(self) -> None:
+        _check_beta("start_beta", self.start_beta)
+        _check_beta("end_beta", self.end_beta)
+
+    def __call__(self, moved: float, snap: Snap = float) -> tuple[float, float]:
+        beta = snap(self.start_beta + (self.end_beta - self.start_beta) * moved)
+        return 1 - beta, beta
+
+
+@dataclass(frozen=True)
+class Alternating:
+    """Alpha falls from 1 to 0 and beta rises from 0.1 to 1 in turn, alpha first.
+
+    The dynamic strategy in the manner of the older public version of the authors' point-cloud code
+    (October 2023), whose coefficients move at epochs, in turn, and end at (0, 1). Its newest
+    version (December 2023) moves beta first and stops at (0.4, 0.7); that one has not been run
+    here.
+
+    Args:
+        updates: number of moves, at least 2.
+    """
+
+    updates: int
+
+    def __post_init__(self) -> None:
+        if self.updates < 2:
+            raise ValueError(
+                f"schedule updates is {self.updates}; the alternating kind needs at least 2, one "
+                "for alpha and one for beta"
+            )
+
+    def __call__(self, moved: float, snap: Snap = float) -> tuple[float, float]:
+        done = round(moved * self.updates)
+        alpha = 1 - math.ceil(done / 2) / math.ceil(self.updates / 2)
+        beta = min(math.floor(done / 2) / math.floor(self.updates / 2) + 0.1, 1.0)
+        return alpha, snap(beta)
+
+
+SCHEDULES: dict[str, type[Constant | Convex | Alternating]] = {
+    "constant": Constant,
+    "convex": Convex,
+    "alternating": Alternating,
+}
+
+
 @dataclass(frozen=True)
 class CoefficientSchedule:
     """A stateless schedule ``schedule(progress) -> (alpha, beta)``.
 
-    Kinds:
-        * constant: (1 - end_beta, end_beta) from the first iteration, a hard conversion.
-        * convex: beta rises linearly from ``start_beta`` to ``end_beta``, alpha = 1 - beta. With
-            the first state copied this nearly keeps the pretrained function all the way.
-        * alternating: the paper's dynamic strategy as its authors' point-cloud code has it: in
-            ``updates`` equal stages alpha falls from 1 to 0 and beta rises from 0.1 to 1, one of
-            the two per stage in turn, alpha first. ``start_beta`` and ``end_beta`` play no part.
-
     Args:
-        kind: one of ``SCHEDULES``.
-        start_beta, end_beta: in [0, 1].
-        duration: the fraction of training, in (0, 1], after which the final values hold.
-        updates: number of stages (often the epochs within ``duration``); 0 moves every iteration.
+        kind: a name in ``SCHEDULES``, whose class says how the pair moves.
+        start_beta, end_beta: in [0, 1], for the kinds that have them.
+        duration: fraction of the training, in (0, 1], after which the final pair holds.
+        updates: number of equal stages that the duration is divided into, often its epochs; the
+            pair moves between two stages. 0 moves it at every iteration.
         exact: snap beta to multiples of 1/16, as exact arithmetic requires.
 
     Raises:
@@ -49,18 +131,20 @@ class CoefficientSchedule:
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
-            raise ValueError(f"schedule kind {self.kind!r} is unknown; use one of {SCHEDULES}")
-        for name in ("start_beta", "end_beta"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"schedule {name} is {value}; it must lie in [0, 1]")
+            raise ValueError(f"schedule kind {self.kind!r} is unknown; use one of {[*SCHEDULES]}")
         if not 0 < self.duration <= 1:
             raise ValueError(f"schedule duration is {self.duration}; it must lie in (0, 1]")
-        if self.updates < 0 or (self.kind == "alternating" and self.updates < 2):
+        if self.updates < 0:
             raise ValueError(
-                f"schedule updates is {self.updates}; it must be 0 (every iteration) or more, "
-                "and at least 2 for the alternating kind"
+                f"schedule updates is {self.updates}; give the number of stages, or 0 to move at "
+                "every iteration"
             )
+        _ = self._pair  # checks the arguments of the kind
+
+    @cached_property
+    def _pair(self) -> Kind:
+        kind = SCHEDULES[self.kind]
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
 
     def __call__(self, progress: float) -> tuple[float, float]:
         """The pair (alpha, beta) at ``progress``, the finished fraction of training in [0, 1]."""
@@ -69,17 +153,9 @@ class CoefficientSchedule:
         moved = min(progress / self.duration, 1.0)
         if self.updates:
             moved = math.floor(moved * self.updates) / self.updates
-        if self.kind == "alternating":
-            return self._alternating(moved)
-        start = self.end_beta if self.kind == "constant" else self.start_beta
-        beta = self._snap(start + (self.end_beta - start) * moved)
-        return 1 - beta, beta
+        return self._pair(moved, snap_to_grid if self.exact else float)
 
-    def _alternating(self, moved: float) -> tuple[float, float]:
-        done = round(moved * self.updates)
-        alpha = 1 - math.ceil(done / 2) / math.ceil(self.updates / 2)
-        beta = min(math.floor(done / 2) / math.floor(self.updates / 2) + 0.1, 1.0)
-        return alpha, self._snap(beta)
 
-    def _snap(self, beta: float) -> float:
-        return snap_to_grid(beta) if self.exact else beta
+def _check_beta(name: str, beta: float) -> None:
+    if not 0 <= beta <= 1:
+        raise ValueError(f"schedule {name} is {beta}; it must lie in [0, 1]")

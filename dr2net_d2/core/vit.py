@@ -70,8 +70,8 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """The two residual functions of a transformer block, without their shortcuts.
 
-    Branch 0 is attention, branch 1 the MLP; each has its LayerNorm and drop path. The shortcuts are
-    ``ReversibleSequence``'s to add.
+    Branch 0 is attention, branch 1 the MLP; each includes its LayerNorm and drop path.
+    ``ReversibleSequence`` adds the shortcuts.
     """
 
     branches = 2
@@ -124,13 +124,15 @@ class Dr2NetViT(nn.Module):
     it. Arguments that Detectron2's ``ViT`` has mean the same here.
 
     Args:
-        img_size: side in px for which relative position tables of global attention are sized.
-        patch_size: px.
-        pretrain_img_size: side in px for which the absolute position table is sized.
-        pretrain_use_cls_token: the table has a leading row for a class token.
-        window_size: window side in tokens of the blocks in ``window_block_indexes``.
-        residual_block_indexes: must be empty: convolutional blocks are not supported.
-        reversible: False stores activations as an ordinary network does, same arithmetic.
+        img_size: side of the image, in pixels, that the relative position tables of global
+            attention are made for; at other sizes they are interpolated.
+        patch_size: side of a patch, in pixels.
+        pretrain_img_size: side of the pretraining images, in pixels; sizes the absolute position
+            table.
+        pretrain_use_cls_token: whether that table has a leading row for a class token.
+        window_size: side of the windows, in tokens, in the blocks of ``window_block_indexes``.
+        residual_block_indexes: must be empty; convolutional blocks are not supported.
+        reversible: False stores activations as an ordinary network does, with the same arithmetic.
         arithmetic, first_state, output: see ``ReversibleSequence``.
 
     Shape: (N, in_chans, H, W), H and W multiples of patch_size ->

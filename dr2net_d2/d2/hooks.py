@@ -16,12 +16,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
-from dr2net_d2.core import CoefficientSchedule
+from dr2net_d2.core import Schedule
 from dr2net_d2.core.memory import peak_memory_bytes
 from dr2net_d2.core.schedule import snap_to_grid
 from dr2net_d2.d2.sharding import placed_like
 from dr2net_d2.errors import ConfigError
-from dr2net_d2.training import GradientGuard, check_losses, update_coefficients
+from dr2net_d2.training import (
+    GradientGuard,
+    check_losses,
+    format_coefficients,
+    update_coefficients,
+    value_range,
+)
 from dr2net_d2.weights import StrictCheckpointer
 
 logger = logging.getLogger(__name__)
@@ -30,19 +36,20 @@ logger = logging.getLogger(__name__)
 class CoefficientHook(HookBase):
     """Sets alpha and beta of the reversible stacks before every iteration; period 1.
 
-    Writes the scalars of ``finetuning.update_coefficients`` to the event storage, and to the log
-    whenever beta, rounded to the grid, has changed. A model without a reversible stack is left
-    alone.
+    Writes the scalars of ``training.update_coefficients`` to the event storage, and the
+    coefficients to the log whenever beta, rounded to the grid, has changed. If each function has
+    its own, that is when the smallest or the largest beta has changed. A model without a reversible
+    stack is left alone.
 
     Args:
-        schedule: progress -> (alpha, beta).
-        max_iter: length of the whole training, resumed parts included.
+        schedule: progress in [0, 1] -> (alpha, beta); see ``training.update_coefficients``.
+        max_iter: length of the whole training, including what ran before it was resumed.
     """
 
-    def __init__(self, schedule: CoefficientSchedule, max_iter: int) -> None:
+    def __init__(self, schedule: Schedule, max_iter: int) -> None:
         self._schedule = schedule
         self._max_iter = max_iter
-        self._logged: float | None = None
+        self._logged: list[float] = []
 
     def before_step(self) -> None:
         iteration = self.trainer.iter
@@ -50,10 +57,10 @@ class CoefficientHook(HookBase):
         if not scalars:
             return
         self.trainer.storage.put_scalars(smoothing_hint=False, **scalars)
-        alpha, beta = scalars["dr2net/alpha"], scalars["dr2net/beta"]
-        if snap_to_grid(beta) != self._logged:
-            self._logged = snap_to_grid(beta)
-            logger.info("iteration %d: alpha %g, beta %g", iteration, alpha, beta)
+        betas = [snap_to_grid(beta) for beta in value_range(scalars, "beta")]
+        if betas != self._logged:
+            self._logged = betas
+            logger.info("iteration %d: %s", iteration, format_coefficients(scalars))
 
 
 class PeakMemory(HookBase):

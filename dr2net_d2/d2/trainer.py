@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from dr2net_d2.core import CoefficientSchedule
+from dr2net_d2.core import Schedule
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
 from dr2net_d2.d2.data import skip_batches
 from dr2net_d2.d2.hooks import (
@@ -65,7 +65,7 @@ class Settings:
 
     output_dir: str
     max_iter: int
-    schedule: CoefficientSchedule
+    schedule: Schedule
     seed: int = -1
     amp_dtype: torch.dtype | None = None
     accumulation_steps: int = 1

@@ -16,7 +16,6 @@ writes fidelity.json and fidelity.png.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import logging
 import os
@@ -190,8 +189,7 @@ def run(args: argparse.Namespace) -> None:
     seed = max(cfg.SEED, 0)
     side = cfg.MODEL.VIT.IMG_SIZE if args.image_size is None else args.image_size
     # On the grid for every arm, whatever MODEL.DR2NET.ARITHMETIC says: all compute the same.
-    schedule = dataclasses.replace(coefficient_schedule(cfg), exact=True)
-    pairs = schedule_pairs(schedule, cfg.SOLVER.MAX_ITER)
+    pairs = schedule_pairs(coefficient_schedule(cfg, exact=True), cfg.SOLVER.MAX_ITER)
     image = load_image(cfg, side, args.image, seed)
     vit = build_vit(cfg, seed)
     output = writable_folder(args.output or cfg.OUTPUT_DIR, "fidelity")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from dr2net_d2.core import CoefficientSchedule, Dr2NetViT
+from dr2net_d2.core import Dr2NetViT, Schedule
 from dr2net_d2.core.checkpointed import checkpointed
 from dr2net_d2.core.memory import (
     LiveBytes,
@@ -29,6 +29,7 @@ from dr2net_d2.core.memory import (
 )
 from dr2net_d2.core.replay import has_values
 from dr2net_d2.core.stream_range import StreamRange
+from dr2net_d2.training import passed_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Measurement(TypedDict):
 
 
 def schedule_pairs(
-    schedule: CoefficientSchedule, iterations: int, maximum: int = 9
+    schedule: Schedule, iterations: int, maximum: int = 9
 ) -> list[tuple[float, float]]:
     """The distinct (alpha, beta) of a training, in order.
 
@@ -75,8 +76,11 @@ def schedule_pairs(
         schedule: the training's coefficients.
         iterations: length of the training.
         maximum: more pairs than this are thinned out evenly, keeping the first and the last.
+
+    Raises:
+        ConfigError: the schedule cannot be used, or has one pair per function.
     """
-    pairs = list(dict.fromkeys(schedule(i / iterations) for i in range(iterations)))
+    pairs = passed_pairs(schedule, iterations)
     chosen = np.linspace(0, len(pairs) - 1, min(maximum, len(pairs))).round().astype(int)
     return [pairs[i] for i in chosen]
 

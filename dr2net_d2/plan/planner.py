@@ -17,10 +17,12 @@ from fvcore.common.config import CfgNode
 
 from dr2net_d2.config import coefficient_schedule
 from dr2net_d2.core.coupling import stream_growth
+from dr2net_d2.core.schedule import BETA_GRID
 from dr2net_d2.core.stream_range import bits_for_growth
 from dr2net_d2.errors import ConfigError
 from dr2net_d2.plan.arms import ARMS
 from dr2net_d2.plan.dry_run import ENGINES, PARTS, DryRun
+from dr2net_d2.training import passed_pairs
 
 ASSUMED = (
     "one GPU; square images; as many sampled anchors and boxes as the config allows, spread evenly "
@@ -222,10 +224,13 @@ def pairs_of_schedule(cfg: CfgNode) -> list[tuple[float, float]]:
     """The (alpha, beta) of a config's schedule: for each beta, the pair with the largest alpha.
 
     Memory depends on alpha only where alpha + beta > 1 lets the streams grow.
+
+    Raises:
+        ConfigError: a schedule that cannot be used, or one with a pair for each function.
     """
-    schedule, length = coefficient_schedule(cfg), cfg.SOLVER.MAX_ITER
+    grid = BETA_GRID if cfg.MODEL.DR2NET.ARITHMETIC == "exact" else None
     largest: dict[float, float] = {}
-    for alpha, beta in dict.fromkeys(schedule(i / length) for i in range(length)):
+    for alpha, beta in passed_pairs(coefficient_schedule(cfg), cfg.SOLVER.MAX_ITER, grid):
         largest[beta] = max(alpha, largest.get(beta, 0.0))
     return [(alpha, beta) for beta, alpha in largest.items()]
 

@@ -4,7 +4,12 @@ In: a model, a config, an iteration. Out: an optimizer, coefficients that move, 
 not finite, and curves of what was logged.
 """
 
-from dr2net_d2.training.coefficients import update_coefficients
+from dr2net_d2.training.coefficients import (
+    format_coefficients,
+    passed_pairs,
+    update_coefficients,
+    value_range,
+)
 from dr2net_d2.training.guards import (
     GradientGuard,
     check_gradients,
@@ -23,7 +28,10 @@ __all__ = [
     "divergence_at",
     "draw_curves",
     "draw_predictions",
+    "format_coefficients",
     "non_finite",
+    "passed_pairs",
     "read_metrics",
     "update_coefficients",
+    "value_range",
 ]

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from dr2net_d2.config import (
     evaluation_protocol,
     training_tiles,
 )
+from dr2net_d2.core import Schedule
 from dr2net_d2.core.memory import peak_memory_bytes
 from dr2net_d2.core.replay import rng_state, set_rng_state
 from dr2net_d2.data import CocoRecord
@@ -87,9 +88,7 @@ class Training:
         self.tiles = choose_training_tiles(records, choice, seed_of_tiles) if choice else None
         self.seed = seed
         self.device = next(model.parameters()).device
-        self.schedule: Callable[[float], tuple[float, float]] = coefficient_schedule(
-            cfg, lambda: len(self.tiles or records)
-        )
+        self.schedule: Schedule = coefficient_schedule(cfg, lambda: len(self.tiles or records))
         self.multiplier = lr_multiplier(cfg)
         with config_section("SOLVER"):
             self.optimizer = build_optimizer(cfg, model)

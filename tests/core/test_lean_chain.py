@@ -206,7 +206,7 @@ def test_readers_of_a_shared_cast_add_their_gradients_in_float32():
 @pytest.mark.parametrize("piece", [1, 1200, 10**6])
 @pytest.mark.parametrize("frozen", ["", "weight", "x"])
 def test_a_norm_in_pieces(monkeypatch, frozen, piece, precision, activation, low):
-    monkeypatch.setattr("dr2net_d2.core.lean_chain._PIECE", piece)
+    monkeypatch.setattr("dr2net_d2.core.lean_chain._PIECE_ELEMENTS", piece)
     # A row is whole vectors: their remainder a CPU may round in another way.
     norm = ChannelLayerNorm(64)
     nn.init.normal_(norm.weight)

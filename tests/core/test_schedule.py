@@ -3,7 +3,7 @@
 import pytest
 
 from dr2net_d2.core import CoefficientSchedule
-from dr2net_d2.core.schedule import snap_to_grid
+from dr2net_d2.core.schedule import Alternating, Constant, Convex, snap_to_grid
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,30 @@ def test_stages_hold_between_updates():
 
 
 @pytest.mark.parametrize(
+    ("kind", "pairs"),
+    # At the beginning, after a quarter and three quarters of the way, at its end; nothing snapped.
+    [
+        (Constant(0.7), [(0.3, 0.7)] * 4),
+        (Convex(0.1, 0.5), [(0.9, 0.1), (0.8, 0.2), (0.6, 0.4), (0.5, 0.5)]),
+        (Convex(1.0, 0.0), [(0.0, 1.0), (0.25, 0.75), (0.75, 0.25), (1.0, 0.0)]),
+        (Alternating(4), [(1.0, 0.1), (0.5, 0.1), (0.0, 0.6), (0.0, 1.0)]),
+        # Of 8 moves, 4 are alpha's, by 1/4, and 4 beta's; the last would end at 1.1.
+        (Alternating(8), [(1.0, 0.1), (0.75, 0.35), (0.25, 0.85), (0.0, 1.0)]),
+        # Of 3 moves, 2 are alpha's and 1 is beta's.
+        (Alternating(3), [(1.0, 0.1), (0.5, 0.1), (0.5, 1.0), (0.0, 1.0)]),
+    ],
+    ids=str,
+)
+def test_a_kind_is_a_function_of_the_way_that_it_has_moved(kind, pairs):
+    assert [kind(moved) for moved in (0, 1 / 4, 3 / 4, 1)] == [pytest.approx(p) for p in pairs]
+
+
+def test_snapping_keeps_the_sum_of_a_convex_pair():
+    assert Convex(0.1, 0.5)(0.0, snap_to_grid) == (0.875, 0.125)
+    assert Alternating(4)(0.0, snap_to_grid) == (1.0, 0.125)
+
+
+@pytest.mark.parametrize(
     ("beta", "snapped"), [(0.0, 0), (0.001, 1 / 16), (0.1, 2 / 16), (0.5, 0.5), (0.99, 1)]
 )
 def test_snap(beta, snapped):
@@ -62,6 +86,7 @@ def test_snap(beta, snapped):
         ({"start_beta": float("nan")}, ["start_beta", "nan"]),
         ({"duration": 0}, ["duration", "0", "(0, 1]"]),
         ({"updates": -1}, ["updates", "-1"]),
+        ({"kind": "constant", "end_beta": -0.5}, ["end_beta", "-0.5", "[0, 1]"]),
         ({"kind": "alternating", "updates": 1}, ["updates", "1", "2"]),
     ],
 )

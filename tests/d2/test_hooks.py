@@ -69,6 +69,39 @@ def test_a_continuous_schedule_does_not_flood_the_log(caplog):
     assert len([message for message in caplog.messages if "alpha" in message]) == 17
 
 
+@pytest.mark.parametrize("start", [0, 6])
+def test_every_block_has_coefficients_of_its_own(start, caplog):
+    """The second function moves in the first half of the training, the first in the second."""
+
+    def second_first(progress):
+        betas = [max(progress - 0.5, 0), min(progress, 0.5)]
+        return [1 - beta for beta in betas], betas
+
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    model = ReversibleSequence(layers, Coefficients())
+    loop = Loop(
+        CoefficientHook(second_first, max_iter=8),
+        model=model,
+        watch=lambda: model.coefficients.values[1],
+    )
+    with caplog.at_level("INFO", logger="dr2net_d2"):
+        loop.train(start, 8)
+    betas = [(0, 0), (0, 2), (0, 4), (0, 6), (0, 8), (2, 8), (4, 8), (6, 8)][start:]
+    assert loop.seen == [(first / 16, second / 16) for first, second in betas]
+    for iteration, ((first, second), scalars) in enumerate(
+        zip(betas, loop.scalars, strict=True), start
+    ):
+        assert scalars["dr2net/beta"] == ((first + second) / 32, iteration)
+        assert scalars["dr2net/beta_min"] == (first / 16, iteration)
+        assert scalars["dr2net/beta_max"] == (second / 16, iteration)
+        assert scalars["dr2net/alpha_min"] == (1 - second / 16, iteration)
+        assert scalars["dr2net/alpha_max"] == (1 - first / 16, iteration)
+    lines = [message for message in caplog.messages if "alpha" in message]
+    assert len(lines) == len(betas)
+    assert lines[-1] == "iteration 7: alpha 0.5 to 0.625, beta 0.375 to 0.5"
+    assert "snapped" not in caplog.text
+
+
 def test_a_model_without_a_stack_is_left_alone():
     loop = Loop(CoefficientHook(CoefficientSchedule(), 2), model=nn.Linear(2, 2))
     loop.train(0, 2)
