@@ -1,5 +1,6 @@
 """When the hooks act, and with what values, in a training loop of Detectron2 without a detector."""
 
+import contextlib
 import itertools
 import math
 import random
@@ -13,6 +14,7 @@ from torch import nn
 
 from dr2net_d2.core import Coefficients, CoefficientSchedule, ReversibleSequence
 from dr2net_d2.d2 import CoefficientHook, NonFiniteGuard, SeedIterations
+from dr2net_d2.d2.hooks import EvalUnlessFailed
 
 
 class Loop(TrainerBase):
@@ -176,3 +178,17 @@ def test_steps_that_a_scaler_skips_are_counted(nested, monkeypatch, caplog):
     resumed.train(8, 9)
     assert resumed.storage.latest()["amp/skipped_steps"] == (3, 8)
     assert "Cannot find the hook" not in caplog.text
+
+
+@pytest.mark.parametrize(("failing", "evaluated"), [(None, [1, 4]), (3, [1]), (0, [])])
+def test_a_training_that_fails_in_its_last_iteration_is_not_evaluated(failing, evaluated):
+    seen = []
+
+    def watch():
+        if loop.iter == failing:
+            raise ZeroDivisionError
+
+    loop = Loop(EvalUnlessFailed(2, lambda: seen.append(loop.iter)), watch=watch)
+    with contextlib.suppress(ZeroDivisionError):
+        loop.train(0, 4)
+    assert seen == evaluated
