@@ -27,11 +27,11 @@ from dr2net_d2.d2.yaml_experiment import YamlExperiment
 from dr2net_d2.errors import ConfigError
 from tests.d2.tiny import arguments, batch, tiny_cfg
 
-# As Base-ViTDet.yaml's, with masks.
+# The heads of Base-ViTDet.yaml, with masks.
 HEADS = (
     "MODEL.VIT.DROP_PATH_RATE", 0.0,
     "MODEL.RPN.CONV_DIMS", [-1, -1],
-    # Few for maps of 336 positions, so that the RPN is sparse.
+    # Few samples for maps of 336 positions, so that the RPN is sparse.
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 8,
     "MODEL.ROI_BOX_HEAD.NUM_CONV", 4,
     "MODEL.ROI_BOX_HEAD.NORM", "LN",
@@ -66,7 +66,7 @@ def images(objects=3):
 
 
 def step(model, inputs, precision="float32"):
-    """Losses, gradients and bytes saved for the backward."""
+    """(losses, gradients, bytes saved for the backward)."""
     torch.manual_seed(1)
     with (
         EventStorage(),
@@ -80,7 +80,7 @@ def step(model, inputs, precision="float32"):
 
 
 def distance(gradients, expected):
-    """Largest distance of a gradient relative to its norm."""
+    """The largest relative distance of a gradient from the expected one."""
     assert gradients.keys() == expected.keys()
     return max(
         float((gradients[name] - g).norm() / g.norm().clamp(min=1e-9))

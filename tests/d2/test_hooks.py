@@ -1,4 +1,4 @@
-"""When the hooks act, and with what values, in a training loop of Detectron2 without a detector."""
+"""When hooks act, and with which values, in training loops of Detectron2 without a detector."""
 
 import contextlib
 import itertools
@@ -18,7 +18,7 @@ from dr2net_d2.d2.hooks import EvalUnlessFailed
 
 
 class Loop(TrainerBase):
-    """Runs hooks alone, and notes what ``watch`` gives in every iteration."""
+    """Runs only hooks, and records what ``watch`` returns in every iteration."""
 
     def __init__(self, *hooks: HookBase, model=None, watch=lambda: None):
         super().__init__()
@@ -95,7 +95,7 @@ def test_the_draws_of_an_iteration_depend_on_its_number_and_rank_alone():
 
 
 class Regression(nn.Module):
-    """Returns a dict of losses; ``weights`` has those of every iteration."""
+    """Returns a dict of losses; ``weights`` has its weight in every iteration."""
 
     def __init__(self):
         super().__init__()
@@ -114,7 +114,7 @@ class Regression(nn.Module):
 
 
 class Outer(TrainerBase):
-    """Leaves the iteration to another trainer, as ``DefaultTrainer`` does."""
+    """Delegates the iteration to another trainer, as ``DefaultTrainer`` does."""
 
     def __init__(self, trainer):
         super().__init__()
@@ -127,7 +127,7 @@ class Outer(TrainerBase):
 
 
 def trainer(kind, nested, **kwargs):
-    """A training of a ``Regression`` with the guard."""
+    """A trainer of a ``Regression`` with a NonFiniteGuard."""
     model = Regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batches = torch.randn(100, 5, 3, generator=torch.Generator().manual_seed(0))
@@ -152,12 +152,12 @@ def test_a_loss_that_is_not_finite_ends_any_training():
     loop.model.linear.bias.data.fill_(math.inf)
     with pytest.raises(FloatingPointError, match=r"^the loss is not finite \(loss inf\)"):
         loop.train(0, 6)
-    loop.model(torch.ones(1, 3))  # the check has gone with the training
+    loop.model(torch.ones(1, 3))  # the check ends with the training
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_steps_that_a_scaler_skips_are_counted(nested, monkeypatch, caplog):
-    # AMPTrainer insists on a GPU, and works without.
+    # AMPTrainer insists on a GPU, though it works without one.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     loop = trainer(AMPTrainer, nested, grad_scaler=scaler)

@@ -14,7 +14,7 @@ from dr2net_d2.plan.planner import ARMS, Planner, predict
 from dr2net_d2.training.optimizer import build_optimizer
 from tests.d2 import tiny
 
-# So many anchors and proposals match that sampling is full, as the planner assumes.
+# Enough anchors and proposals match to fill the samples, as the planner assumes.
 FULL = [
     *("MODEL.RPN.IOU_THRESHOLDS", "[0.01, 0.02]", "MODEL.RPN.NMS_THRESH", "1.0"),
     *("MODEL.ROI_HEADS.IOU_THRESHOLDS", "[0.05]", "MODEL.VIT.DROP_PATH_RATE", "0.0"),
@@ -34,7 +34,7 @@ NAMES = {"stock": "build_vitdet_backbone", "dr2net": "build_dr2net_vitdet_backbo
 
 
 def real_iteration(cfg, size, images, objects):
-    """Peak bytes beyond parameters, gradients and optimizer state, and bytes that are saved."""
+    """(peak bytes beyond parameters, gradients and optimizer state; bytes saved for backward)."""
     torch.manual_seed(0)
     model = build_detector(cfg)
     for stack in reversible_stacks(model):
@@ -46,7 +46,7 @@ def real_iteration(cfg, size, images, objects):
     for given in inputs if cfg.MODEL.MASK_ON else ():
         given["instances"].gt_masks = BitMasks(torch.ones(objects, size, size) > 0)
     with EventStorage(), planned_for("cuda"):
-        for _ in range(2):  # the first measures ranges and creates states
+        for _ in range(2):  # the first one measures ranges and creates optimizer state
             optimizer.zero_grad()
             sum(model(inputs).values()).backward()
             optimizer.step()
@@ -57,7 +57,7 @@ def real_iteration(cfg, size, images, objects):
                 parameter.register_post_accumulate_grad_hook(
                     lambda p: live.assign([p.grad], "gradients")
                 )
-            # On a GPU they are copies that end with the forward.
+            # On a GPU these are copies that are freed after the forward.
             live.assign((given["image"] for given in inputs), "images")
             for given in inputs if cfg.MODEL.MASK_ON else ():
                 live.assign([given["instances"].gt_masks.tensor], "masks")
@@ -112,7 +112,7 @@ def test_bit_masks_take_a_byte_per_pixel_and_sample(tmp_path):
     for kind in ("polygon", "bitmask"):
         cfg = tiny.tiny_cfg(tmp_path, *MASKS, *samples, "INPUT.MASK_FORMAT", kind)
         found[kind] = predict(cfg, "dr2net", 256).beyond
-    # Detectron2 copies the mask of its object for each sampled box.
+    # For each sampled box, Detectron2 copies the mask of its object.
     assert found["bitmask"] > 512 * 256 * 256 > found["polygon"]
 
 

@@ -1,4 +1,4 @@
-"""What a report reads from the config.yaml of a LazyConfig run."""
+"""What a report reads from the config.yaml of a training by LazyConfig."""
 
 from pathlib import Path
 
