@@ -86,7 +86,7 @@ def test_stock_models_of_a_config_are_not_cut_at_their_square(tmp_path):
 
 
 def arguments(folder, source, *opts, weights=__file__, **flags):
-    """The parsed arguments of train_net.py for a config with this source, and any file as weights."""
+    """The arguments of train_net.py for a config with this source, and any file as weights."""
     path = folder / "own.py"
     path.write_text(source)
     opts = ["train.device=cpu", f"train.output_dir={folder / 'output'}", *opts]
