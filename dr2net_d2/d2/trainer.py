@@ -182,14 +182,13 @@ class Trainer(SimpleTrainer):
             hooks.IterationTimer(),
             # Before anything in the iteration draws random numbers.
             seed,
-            # Before the forward; its place among the hooks before a step is free otherwise.
+            # Anywhere before the forward.
             CoefficientHook(settings.schedule, settings.max_iter),
-            # These two write scalars, so they come before the writer.
+            # Anywhere before the writer of its scalar.
             PeakMemory(),
+            # What these keep is part of a checkpoint, or changes the model as PreciseBN does, so
+            # they act before checkpoints are written.
             NonFiniteGuard(),
-            # From here on hooks change what a checkpoint holds, so they come before checkpoints:
-            # the learning rates of the next iteration, the average with this iteration's weights,
-            # and whatever extra hooks do to the model, such as PreciseBN.
             hooks.LRScheduler(self.optimizer, lr_scheduler),
             LossNormalizer(model),
             average,
