@@ -1,4 +1,4 @@
-"""The project in Detectron2: importing this registers the backbone builders."""
+"""The Detectron2 side of the project. Importing it registers the backbone builders and FCOS."""
 
 from dr2net_d2.config import add_dr2net_config
 from dr2net_d2.d2.backbone import (

@@ -1,4 +1,4 @@
-"""Backbones for ``MODEL.BACKBONE.NAME``: ours and Detectron2's own, from the same config keys."""
+"""ViT backbones for MODEL.BACKBONE.NAME: ours and Detectron2's own, from the same config keys."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from dr2net_d2.config import dr2net_arguments, lean_parts, value_of, vit_arguments
 from dr2net_d2.core import Dr2NetViT, SimpleFeaturePyramid
+from dr2net_d2.d2.replacement import Replacement, replace_modules
 from dr2net_d2.errors import ConfigError, config_section
 
 _NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
 class PaddedBackbone(Backbone):
-    """A backbone whose images are padded to multiples of ``size_divisibility`` px on both sides.
+    """A backbone whose images are padded to multiples of ``size_divisibility`` pixels.
 
-    A square to pad to is such a multiple too. Detectron2's own way to ask for a square cuts larger
-    images down to it silently, and its pyramid misspells the key that asks for whole strides.
+    To pad to squares, the side of the square is that multiple. Detectron2's own option for squares
+    silently cuts larger images down, and its pyramid misspells the key for multiples of a stride.
     """
 
     size_divisibility = 0
@@ -43,15 +44,19 @@ class Dr2NetBackbone(Dr2NetViT, PaddedBackbone):
 
 
 class Dr2NetPyramid(SimpleFeaturePyramid, PaddedBackbone):
-    """The simple feature pyramid with the arguments of Detectron2's, levels "p<log2 of stride>".
+    """Our simple feature pyramid with the arguments of Detectron2's, levels "p<log2 of stride>".
 
     Args:
-        net: a ``Dr2NetBackbone``, or a ``StockBackbone``.
-        in_feature: its feature map.
-        top_block: makes coarser levels of one; ``LastLevelMaxPool``, ``LastLevelP6P7``.
-        norm: "LN", there is no other.
-        square_pad: pad both sides of every image to a multiple of this, in px.
+        net: a ``Dr2NetBackbone`` or a ``StockBackbone``.
+        in_feature: name of the feature map of ``net``.
         out_channels, scale_factors, lean: see ``core.SimpleFeaturePyramid``.
+        top_block: computes coarser levels: ``LastLevelMaxPool`` or ``LastLevelP6P7``.
+        norm: only "LN" is available.
+        square_pad: pad both sides of every image to a multiple of this many pixels, rounded up to
+            whole strides.
+
+    Raises:
+        ValueError: another norm, or a feature map or level that does not exist.
     """
 
     def __init__(
@@ -70,7 +75,13 @@ class Dr2NetPyramid(SimpleFeaturePyramid, PaddedBackbone):
                 f"norm is {norm!r} and in_feature {in_feature!r}; the pyramid has 'LN' and reads "
                 f"{net.out_feature!r}"
             )
-        super().__init__(net, out_channels, scale_factors, top_level=False, lean=lean)
+        super().__init__(
+            net,
+            out_channels=out_channels,
+            scale_factors=scale_factors,
+            top_level=False,
+            lean=lean,
+        )
         self.size_divisibility *= math.ceil(square_pad / self.size_divisibility) or 1
         self.top_block = top_block
         strides = [*self.strides.values()]
@@ -97,7 +108,7 @@ class Dr2NetPyramid(SimpleFeaturePyramid, PaddedBackbone):
 
 
 class StockBackbone(PaddedBackbone, stock.ViT):
-    """Detectron2's ViT, padded as ours; it tells our pyramid what ours would."""
+    """Detectron2's ViT, padded like ours, with the attributes that our pyramid reads."""
 
     @property
     def out_feature(self) -> str:
@@ -114,12 +125,29 @@ class StockBackbone(PaddedBackbone, stock.ViT):
 
 
 class StockPyramid(PaddedBackbone, stock.SimpleFeaturePyramid):
-    """Detectron2's simple feature pyramid, padded as ours."""
+    """Detectron2's simple feature pyramid, padded like ours."""
+
+
+class UncroppedPyramid(Replacement, StockPyramid):
+    """A built pyramid of Detectron2's, padded like ours.
+
+    Args:
+        pyramid: its images are padded to multiples of its square, or of its coarsest stride if it
+            has none.
+    """
+
+    def __init__(self, pyramid: stock.SimpleFeaturePyramid) -> None:
+        super().__init__(pyramid)
+        constraints = pyramid.padding_constraints
+        strides = [shape.stride for shape in pyramid.net.output_shape().values()]
+        stride = max(constraints["size_divisiblity"], *strides)
+        square = math.ceil(constraints["square_size"] / stride) * stride
+        self.size_divisibility = square or stride
 
 
 @BACKBONE_REGISTRY.register()
 def build_dr2net_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Dr2NetBackbone:
-    """Our ViT alone, output "last_feat"."""
+    """Build our ViT alone; its output is "last_feat"."""
     with config_section("MODEL.VIT, MODEL.DR2NET"):
         vit = Dr2NetBackbone(norm_layer=_NORM, **vit_arguments(cfg), **dr2net_arguments(cfg))
     vit.size_divisibility = padding(cfg, "VIT", vit.patch_size)
@@ -128,7 +156,7 @@ def build_dr2net_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Dr2NetBac
 
 @BACKBONE_REGISTRY.register()
 def build_dr2net_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Dr2NetPyramid:
-    """Our ViT and the simple feature pyramid, outputs "p<n>"."""
+    """Build our ViT and our simple feature pyramid; its outputs are "p<log2 of stride>"."""
     vit = build_dr2net_vit_backbone(cfg, input_shape)
     with config_section("MODEL.VIT"):
         pyramid = Dr2NetPyramid(vit, lean="pyramid" in lean_parts(cfg), **_pyramid_arguments(cfg))
@@ -138,7 +166,7 @@ def build_dr2net_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Dr2Net
 
 @BACKBONE_REGISTRY.register()
 def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> StockBackbone:
-    """Detectron2's ViT alone, output "last_feat"."""
+    """Build Detectron2's ViT alone; its output is "last_feat"."""
     vit = StockBackbone(norm_layer=_NORM, **vit_arguments(cfg))
     vit.size_divisibility = padding(cfg, "VIT", cfg.MODEL.VIT.PATCH_SIZE)
     return vit
@@ -146,10 +174,10 @@ def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> StockBackbone:
 
 @BACKBONE_REGISTRY.register()
 def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaddedBackbone:
-    """Detectron2's ViT and simple feature pyramid, outputs "p<n>"."""
+    """Build Detectron2's ViT and its simple feature pyramid; outputs "p<log2 of stride>"."""
     vit = build_vit_backbone(cfg, input_shape)
     patch_size, scale_factors = cfg.MODEL.VIT.PATCH_SIZE, cfg.MODEL.VIT.SCALE_FACTORS
-    # Detectron2's ends at 4. Ours, not lean, has the same layers and stores the same.
+    # Detectron2's factors end at 4. Ours, unless lean, has the same layers and stores the same.
     kind = Dr2NetPyramid if 8 in scale_factors else StockPyramid
     pyramid = kind(vit, **_pyramid_arguments(cfg))
     pyramid.size_divisibility = padding(
@@ -180,42 +208,43 @@ def _pyramid_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def padding(cfg: CfgNode, section: str, stride: int) -> int:
-    """The multiple of px that images are padded to: the stride, or a square of whole strides.
+    """The number of pixels whose multiples images are padded to.
+
+    Args:
+        cfg: MODEL.``section``.SQUARE_PAD, the side of the square to pad to, and INPUT are read.
+        section: the backbone's section of MODEL.
+        stride: the coarsest stride of the backbone, in pixels.
+
+    Returns:
+        The side of the square, rounded up to whole strides; the stride if the side is 0.
 
     Raises:
-        ConfigError: INPUT allows images that are larger than the square, MODEL.section.SQUARE_PAD.
+        ConfigError: INPUT allows images that are larger than the square.
     """
     square = math.ceil(cfg.MODEL[section].SQUARE_PAD / stride) * stride
     train = "LSJ.IMAGE_SIZE" if cfg.INPUT.LSJ.ENABLED else "MAX_SIZE_TRAIN"
     for key in (train, "MAX_SIZE_TEST"):
         if 0 < square < (longest := value_of(cfg.INPUT, key)):
             raise ConfigError(
-                f"INPUT.{key} is {longest} and MODEL.{section}.SQUARE_PAD {square}: larger images "
-                "would need several squares; lower the one or raise the other (0 pads to strides)"
+                f"INPUT.{key} is {longest} and MODEL.{section}.SQUARE_PAD is {square}: larger "
+                "images would need several squares; lower the former or raise the latter (0 pads "
+                "to strides)"
             )
     return square or stride
 
 
 def without_cropping(model: nn.Module) -> nn.Module:
-    """Let Detectron2's own simple feature pyramids pad images beyond ``square_pad``, not cut them.
+    """Make Detectron2's own simple feature pyramids pad images that exceed ``square_pad``.
 
-    Our pyramids never cut. Detectron2's, which LazyConfigs have, drops what lies beyond its square
-    without a word, whatever ViT it holds.
+    Our pyramids never crop. Detectron2's, which LazyConfigs use, silently drops the pixels outside
+    its square, whatever ViT it holds.
 
     Args:
-        model: a detector, changed in place: both sides are padded to multiples of the square, or
-            of the coarsest stride where there is none.
+        model: a detector, changed in place; see ``UncroppedPyramid`` for the padding.
 
     Returns:
         ``model``.
     """
-    module: Any
-    for module in model.modules():
-        if type(module) is stock.SimpleFeaturePyramid:
-            asked = module.padding_constraints
-            strides = [shape.stride for shape in module.net.output_shape().values()]
-            stride = max(asked["size_divisiblity"], *strides)
-            square = math.ceil(asked["square_size"] / stride) * stride
-            module.__class__ = StockPyramid
-            module.size_divisibility = square or stride
+    pyramids = [m for m in model.modules() if type(m) is stock.SimpleFeaturePyramid]
+    replace_modules(model, {pyramid: UncroppedPyramid(pyramid) for pyramid in pyramids})
     return model

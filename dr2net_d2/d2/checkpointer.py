@@ -13,14 +13,14 @@ from torch import nn
 from dr2net_d2.weights import Converter, StrictCheckpointer, convert_stages_checkpoint
 
 LEGACY_AUTHORS = {".pkl": "Caffe2", ".pyth": "pycls"}
-"""Whose files Detectron2 takes those to be that do not say, and matches by its heuristics."""
+"""The author that Detectron2 assumes for files without one, which it matches by heuristics."""
 
 
 class Dr2NetCheckpointer(StrictCheckpointer, DetectionCheckpointer):
-    """``StrictCheckpointer`` for all formats of ``DetectionCheckpointer``, its .pkl zoo included.
+    """``StrictCheckpointer`` for all formats of ``DetectionCheckpointer``, .pkl files included.
 
-    Only the main process writes. A detector on neither ViT nor Swin nor MViTv2 is loaded as
-    Detectron2 does it, with its name heuristics.
+    Only the main process writes. A detector whose backbone is neither a ViT nor Swin nor MViTv2 is
+    loaded like in Detectron2, by its name heuristics.
     """
 
     def _pretrained_part(self) -> tuple[str, nn.Module, Converter] | None:
@@ -33,7 +33,7 @@ class Dr2NetCheckpointer(StrictCheckpointer, DetectionCheckpointer):
         try:
             return super().load(path, *args, **kwargs)
         finally:
-            # Detectron2 keeps this when a load fails, and refuses every later one.
+            # Detectron2 leaves this set after a failed load, and then refuses every other load.
             self._parsed_url_during_load: Any = None
 
     def _load_file(self, f: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What can be wrong in a config of either style, found before anything is written."""
+"""Checks of a config of either style, made before anything is written."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from dr2net_d2.errors import ConfigError
 from dr2net_d2.weights import locate_weights
 
 
-def check_batch_size(key: str, images: int, accumulation_steps: int) -> int:
-    """The images of all processes that go through the network at once.
+def check_batch_size(key: str, images: int, accumulation_steps: int) -> None:
+    """Refuse a batch that cannot be divided evenly among processes and accumulation steps.
 
     Args:
-        key: of ``images``, those of an iteration.
+        key: the name of ``images`` in the config.
+        images: images per iteration, over all processes and steps.
+        accumulation_steps: forward and backward passes per iteration.
 
     Raises:
-        ConfigError: they cannot be divided among the processes and the steps.
+        ConfigError: there is no image, no step, or a remainder.
     """
     processes = comm.get_world_size()
     if accumulation_steps < 1 or images < 1 or images % (processes * accumulation_steps):
@@ -34,17 +36,18 @@ def check_batch_size(key: str, images: int, accumulation_steps: int) -> int:
             f"{key} is {images}; it must be a positive multiple of the {processes} processes "
             f"times the {accumulation_steps} accumulation steps"
         )
-    return images // accumulation_steps
 
 
 def check_datasets(key: str, num_classes: int, names: Iterable[str]) -> dict[str, int]:
-    """Register datasets, and refuse what is missing, damaged or of other categories.
+    """Register datasets; refuse those that are missing, damaged or have other categories.
 
     Args:
-        key: of ``num_classes``.
+        key: the name of ``num_classes`` in the config.
+        num_classes: the categories that the model tells apart.
+        names: the datasets.
 
     Returns:
-        Objects of the densest image, by name, of datasets in COCO format.
+        For each dataset in COCO format, the number of objects in its densest image.
 
     Raises:
         DatasetError: see ``register_dataset``.
@@ -61,7 +64,12 @@ def check_datasets(key: str, num_classes: int, names: Iterable[str]) -> dict[str
 
 
 def model_limits(model: nn.Module, training: bool) -> dict[str, int]:
-    """What bounds the number of boxes of an image in a built detector, by path in a LazyConfig."""
+    """The limits on the number of boxes in an image, by path in a LazyConfig.
+
+    Args:
+        model: a built detector.
+        training: the limits in training, instead of those in inference.
+    """
     limits = {}
     for path, module in model.named_modules(prefix="model"):
         if isinstance(module, RPN):
@@ -73,12 +81,17 @@ def model_limits(model: nn.Module, training: bool) -> dict[str, int]:
     return limits
 
 
-def check_weights(args: argparse.Namespace, weights: str, output_dir: str, *names: str) -> None:
-    """Refuse an evaluation without weights, and weights that are not there.
+def check_weights(
+    args: argparse.Namespace, weights: str, output_dir: str, *, weights_key: str, output_key: str
+) -> None:
+    """Refuse an evaluation without weights, and weights that do not exist.
 
     Args:
-        args: eval_only, and resume, which reads the last checkpoint in ``output_dir`` instead.
-        names: what the config calls ``weights`` and ``output_dir``; of YAML unless given.
+        args: ``eval_only`` and ``resume`` are read; a resumed run takes the last checkpoint in
+            ``output_dir``, if there is one, in place of ``weights``.
+        weights: path, URL or name of the weights; may be empty for a training.
+        output_dir: the folder of the run.
+        weights_key, output_key: the names of ``weights`` and ``output_dir`` in the config.
 
     Raises:
         ConfigError: see ``check_weights_to_evaluate``.
@@ -86,16 +99,16 @@ def check_weights(args: argparse.Namespace, weights: str, output_dir: str, *name
     """
     resuming = args.resume and Path(output_dir, "last_checkpoint").is_file()
     if args.eval_only:
-        check_weights_to_evaluate(weights, resuming, *names)
+        check_weights_to_evaluate(weights, resuming, weights_key, output_key)
     if not resuming:
         locate_weights(weights)
 
 
 def check_tta(cfg: CfgNode, model: nn.Module) -> None:
-    """Refuse TEST.AUG for a detector that Detectron2 cannot augment.
+    """Refuse TEST.AUG for a detector that has no test-time augmentation in Detectron2.
 
     Raises:
-        ConfigError: names the key that stands in the way.
+        ConfigError: it names the key to change.
     """
     reason = None
     if getattr(type(model), "inference", None) is not GeneralizedRCNN.inference:

@@ -1,4 +1,4 @@
-"""COCO-format datasets in Detectron2's catalogs, and where in its data a training starts."""
+"""COCO-format datasets in Detectron2's catalogs, its mapper and tiles, and skipping of batches."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ from torch.utils.data import Sampler
 
 from dr2net_d2.config import check_jittering
 from dr2net_d2.data import CocoDataset, load_coco, resolve_dataset
-from dr2net_d2.data.tiling import Grid, ImageBoxes, TileChoice, choose_tiles, paint_over
+from dr2net_d2.data.tiling import Grid, ImageBoxes, Tile, TileChoice, choose_tiles, paint_over
 from dr2net_d2.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
 
 def register_dataset(name: str) -> tuple[str, ...]:
-    """Make a name usable in DATASETS.TRAIN and DATASETS.TEST, and check the dataset behind it.
+    """Make a dataset usable by name in DATASETS.TRAIN and DATASETS.TEST, and check its files.
 
     Args:
-        name: registered in Detectron2, or known to ``dr2net_d2.data.resolve_dataset``.
+        name: a name that is registered in Detectron2 or known to
+            ``dr2net_d2.data.resolve_dataset``.
 
     Returns:
-        The category names; empty where a dataset registered in Detectron2 is not in COCO format and
-        tells them only when it is loaded.
+        The category names; empty for a dataset of Detectron2's in another format than COCO whose
+        names are only known once it is loaded.
 
     Raises:
-        DatasetError: the name is not known, or the files are missing or not valid.
+        DatasetError: the name is unknown, or files are missing or invalid.
     """
     content = load_registered(name)
     if content is None:
@@ -53,7 +54,7 @@ def register_dataset(name: str) -> tuple[str, ...]:
 
 
 def load_registered(name: str) -> CocoDataset | None:
-    """``register_dataset``; returns what the dataset holds, or None if it is not in COCO format."""
+    """Like ``register_dataset``, but return the dataset; None if it is not in COCO format."""
     if name in DatasetCatalog:
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") != "coco":
@@ -94,16 +95,20 @@ def _check_lvis(name: str) -> None:
 
 
 class CheckedMapper(DatasetMapper):
-    """Detectron2's mapper; an image that cannot be read is a DatasetError with its name.
+    """Detectron2's mapper with tiles, ignore regions, and errors that name the image.
 
-    It cuts out the tile of a dict from ``tile_dicts`` before anything else. Built from a config it
-    knows INPUT.LSJ as well, and leaves resizing to the detector where TEST.TILES is enabled.
+    For a dict from ``tile_dicts``, it crops the image to the tile before anything else. Built from
+    a config, it also applies INPUT.LSJ, and it leaves resizing to the detector if TEST.TILES is
+    enabled.
 
     Args:
         is_train: see ``DatasetMapper``.
-        pixel_mean: the colour to paint with, in the order of ``image_format``.
-        fill_ignored: paint crowds and the dict's "ignore_regions", XYXY, in training.
-        **arguments: of ``DatasetMapper``.
+        pixel_mean: the colour to paint regions with, in the order of ``image_format``.
+        fill_ignored: in training, paint over crowds and the dict's "ignore_regions" (XYXY).
+        **arguments: the other arguments of ``DatasetMapper``.
+
+    Raises:
+        DatasetError: when called, for an image that cannot be read or has another size.
     """
 
     @configurable
@@ -132,7 +137,7 @@ class CheckedMapper(DatasetMapper):
             _, *flip = arguments["augmentations"]
             arguments["augmentations"] = [*flip, *large_scale_jittering(cfg.INPUT.LSJ)]
         if is_train and (cfg.INPUT.LSJ.ENABLED or cfg.INPUT.TILES.ENABLED):
-            # A crop moves the edges of the objects that it cuts; only masks tell where to.
+            # A crop moves the edges of the objects that it cuts; only masks tell the new edges.
             arguments["recompute_boxes"] = cfg.MODEL.MASK_ON
         return arguments
 
@@ -141,7 +146,7 @@ class CheckedMapper(DatasetMapper):
         mapper.augmentations = T.AugmentationList(
             [*self._before_augmentation(dataset_dict), *self.augmentations.augs]
         )
-        # Without objects there are no masks to compute boxes from, and Detectron2 would try.
+        # Detectron2 would try to compute boxes from masks even where there are no objects.
         objects = (not row.get("iscrowd", 0) for row in dataset_dict.get("annotations", ()))
         mapper.recompute_boxes = self.recompute_boxes and any(objects)
         try:
@@ -157,7 +162,7 @@ class CheckedMapper(DatasetMapper):
         return mapped
 
     def _before_augmentation(self, dataset_dict: dict[str, Any]) -> list[T.Transform]:
-        """Cut out the tile, then paint."""
+        """The crop to the tile, if there is one, then the paint over regions to ignore."""
         transforms: list[T.Transform] = []
         x0, y0, x1, y1 = dataset_dict.get("tile", (0, 0, 0, 0))
         if "tile" in dataset_dict:
@@ -177,7 +182,12 @@ class CheckedMapper(DatasetMapper):
 
 
 class PaintTransform(T.NoOpTransform):
-    """``dr2net_d2.data.tiling.paint_over`` of the image; masks and boxes stay."""
+    """Applies ``dr2net_d2.data.tiling.paint_over`` to the image, and nothing to masks and boxes.
+
+    Args:
+        regions, objects: XYXY boxes (n, 4) to paint over, and to leave as they are, in pixels.
+        colour: the paint, (channels,).
+    """
 
     def __init__(self, regions: np.ndarray, objects: np.ndarray, colour: np.ndarray) -> None:
         super().__init__()
@@ -199,40 +209,52 @@ def tile_dicts(
     seed: int = 0,
     filter_empty: bool = True,
 ) -> list[dict[str, Any]]:
-    """Detectron2's dataset dicts, one for each tile to train on; see the keys of INPUT.TILES.
+    """Detectron2's dataset dicts, one for each tile to train on.
 
     Args:
-        names: of registered datasets.
-        size, overlap, min_visible, empty_ratio: INPUT.TILES.
-        seed: of the draw among tiles without an object; the same in all processes.
+        names: names of registered datasets.
+        size, overlap, min_visible, empty_ratio: see the keys of INPUT.TILES.
+        seed: seeds the choice among tiles without an object; must agree in all processes.
         filter_empty: leave out images without objects altogether.
 
     Returns:
-        Dicts of ``CheckedMapper``: "tile" is XYXY, "annotations" are those that it shows and
-        crowds, in px of the image; "cut" are the boxes of objects of which it shows too little.
+        Dicts for ``CheckedMapper``, in pixels of the whole image: "tile" is the tile as XYXY,
+        "annotations" has the objects that the tile shows and all crowds, and "cut" the boxes of
+        objects of which it shows too little.
 
     Raises:
-        ValueError: numbers that make no tiles.
-        DatasetError: an image without width and height.
+        ValueError: the numbers do not describe tiles.
+        DatasetError: an image lacks width or height.
     """
-    choice = TileChoice(Grid(size, overlap), min_visible, empty_ratio)
-    images = get_detection_dataset_dicts(names, filter_empty)
-    rows = [image.get("annotations", ()) for image in images]
-    boxes = [_boxes([get_bbox(row) for row in of_image]) for of_image in rows]
-    crowds = [np.array([row.get("iscrowd", 0) for row in r], dtype=bool) for r in rows]
-    parts = zip(map(_size, images), boxes, crowds, strict=True)
-    tiles = choose_tiles((ImageBoxes(*size, *both) for size, *both in parts), choice, seed)
-    return [
-        {
-            **images[tile.image],
-            "tile": tile.corners,
-            "annotations": [
-                rows[tile.image][i] for i in (*tile.objects, *crowds[tile.image].nonzero()[0])
-            ],
-            "cut": boxes[tile.image][tile.cut].tolist(),
-        }
-        for tile in tiles
-    ]
+    choice = TileChoice(
+        grid=Grid(size=size, overlap=overlap), min_visible=min_visible, empty_ratio=empty_ratio
+    )
+    dicts = get_detection_dataset_dicts(names, filter_empty)
+    images = [_image_boxes(image) for image in dicts]
+    tiles = choose_tiles(images=images, choice=choice, seed=seed)
+    return [_tile_dict(dicts[tile.image], images[tile.image], tile) for tile in tiles]
+
+
+def _image_boxes(image: dict[str, Any]) -> ImageBoxes:
+    annotations = image.get("annotations", ())
+    height, width = _size(image)
+    return ImageBoxes(
+        height=height,
+        width=width,
+        boxes=_boxes([get_bbox(row) for row in annotations]),
+        iscrowd=np.array([row.get("iscrowd", 0) for row in annotations], dtype=bool),
+    )
+
+
+def _tile_dict(image: dict[str, Any], boxes: ImageBoxes, tile: Tile) -> dict[str, Any]:
+    annotations = image.get("annotations", ())
+    shown = (*tile.objects, *boxes.iscrowd.nonzero()[0])
+    return {
+        **image,
+        "tile": tile.corners,
+        "annotations": [annotations[index] for index in shown],
+        "cut": boxes.boxes[tile.cut].tolist(),
+    }
 
 
 def _boxes(rows: Sequence[Any]) -> np.ndarray:
@@ -249,26 +271,28 @@ def _size(image: dict[str, Any]) -> tuple[int, int]:
 
 
 def large_scale_jittering(lsj: CfgNode) -> list[T.Augmentation]:
-    """Rescale and crop as INPUT.LSJ says; a smaller image stays unpadded, as in ViTDet's recipe.
+    """Rescale and crop as INPUT.LSJ says; smaller images stay unpadded, as in ViTDet's recipe.
 
     Raises:
-        ConfigError: no side or no range of scales.
+        ConfigError: INPUT.LSJ lacks a side or a range of scales.
     """
     check_jittering(lsj)
     side = lsj.IMAGE_SIZE
-    resize = T.ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, side, side)
+    resize = T.ResizeScale(
+        min_scale=lsj.MIN_SCALE, max_scale=lsj.MAX_SCALE, target_height=side, target_width=side
+    )
     return [resize, T.FixedSizeCrop((side, side), pad=False)]
 
 
 def skip_batches(loader: Any, count: int) -> None:
-    """Let a train loader of Detectron2 that has not started yet leave out its first batches.
+    """Make a train loader of Detectron2 that has not started yet skip its first batches.
 
-    Exact, unless the loader groups images by aspect ratio and has both wide and tall ones, or
-    workers: then a few images around the cut come twice or not at all.
+    This is exact, unless the loader has workers, or groups images by aspect ratio and has both
+    wide and tall ones: then a few images around the cut are seen twice or not at all.
 
     Args:
-        loader: from ``build_detection_train_loader``; another one is left alone, with a warning.
-        count: in batches of this process.
+        loader: made by ``build_detection_train_loader``; for any other loader a warning is logged.
+        count: batches to skip in this process.
     """
     samples: Any = getattr(loader, "dataset", None)
     if isinstance(loader, AspectRatioGroupedDataset):

@@ -1,4 +1,4 @@
-"""Detectron2's RPN and ROI heads with little kept for their backward, exactly."""
+"""Detectron2's RPN and ROI heads, which keep less for their backward and compute the same."""
 
 from __future__ import annotations
 
@@ -34,21 +34,32 @@ from dr2net_d2.core.sampled import (
     predictions_at,
     with_gradient_of,
 )
+from dr2net_d2.d2.replacement import Replacement, replace_modules
 from dr2net_d2.errors import detector_being_built
 
 logger = logging.getLogger(__name__)
 
-# Without running statistics, which a second run would update again.
+# Norms without running statistics, which recomputation would update a second time.
 _NORMS = (type(None), LayerNorm, nn.GroupNorm, FrozenBatchNorm2d)
 
 
-class LeanRPN(RPN):
-    """``RPN`` whose training keeps and differentiates only what the sampled anchors see.
+class LeanRPN(Replacement, RPN):
+    """``RPN`` that in training keeps and differentiates only what the sampled anchors depend on.
 
-    The dense predictions are made without gradients; their values are the stock ones. The head is
-    called as always, so its hooks see predictions without a graph. Where images are so small that
-    the samples see everything, training is the stock one.
+    The dense predictions have the stock values, but are made without gradients. The head is called
+    as usual, so its hooks see predictions without a graph. Where images are so small that the
+    samples depend on everything, training is the stock one.
+
+    Args:
+        rpn: a built RPN whose head is a ``StandardRPNHead``.
     """
+
+    def __init__(self, rpn: RPN) -> None:
+        super().__init__(rpn)
+        for module in self.modules():
+            if isinstance(module, Conv2d) and type(module.activation) is nn.ReLU:
+                # The backward of a convolution does not need its output.
+                module.activation.inplace = True
 
     def forward(
         self,
@@ -65,7 +76,7 @@ class LeanRPN(RPN):
         anchors = self.anchor_generator(maps)
         with torch.no_grad(), autocast_without_cache(maps[0].device):
             logits, deltas = head(maps)
-        # Anchors are numbered in the order level, row, column, kind.
+        # The order of anchors is level, row, column, then the anchors of a position.
         logits = [x.permute(0, 2, 3, 1).flatten(1) for x in logits]
         box_dim = self.anchor_generator.box_dim
         deltas = [
@@ -86,45 +97,53 @@ class LeanRPN(RPN):
         return self.predict_proposals(anchors, logits, deltas, images.image_sizes), losses
 
     def sampled_anchors(self, labels: Tensor) -> tuple[Tensor, ...]:
-        """Labels (N, anchors) -> indices of image and anchor of those that the loss reads."""
+        """Labels (N, anchors) -> image indices and anchor indices of the anchors in the loss."""
         return (labels >= 0).nonzero(as_tuple=True)
 
     @torch.no_grad()
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """As ``RPN``'s, with IoUs of ``MATCHED_AT_ONCE`` pairs at a time.
+        """``RPN``'s labels and boxes, computed from ``MATCHED_AT_ONCE`` pairs at a time.
 
         Returns:
-            labels 1, 0 or -1 (anchors,) and boxes to regress to (anchors, 4), per image.
+            For each image, labels 1, 0 or -1 (anchors,) and boxes to regress to (anchors, 4).
         """
-        together = Boxes.cat(anchors)
-        most = max(len(instances) for instances in gt_instances)
-        if most * len(together) <= MATCHED_AT_ONCE or self.anchor_boundary_thresh >= 0:
+        all_anchors = Boxes.cat(anchors)
+        num_objects = max(len(instances) for instances in gt_instances)
+        few = num_objects * len(all_anchors) <= MATCHED_AT_ONCE
+        if few or self.anchor_boundary_thresh >= 0:
             return super().label_and_sample_anchors(anchors, gt_instances)
         labels, boxes = [], []
         for instances in gt_instances:
-            matches, label = _match(self.anchor_matcher, instances.gt_boxes, together)
+            matches, label = _match(self.anchor_matcher, instances.gt_boxes, all_anchors)
             labels.append(self._subsample_labels(label))
             objects = instances.gt_boxes.tensor
-            boxes.append(
-                objects[matches] if len(objects) else together.tensor.new_zeros(len(together), 4)
-            )
+            if len(objects):
+                boxes.append(objects[matches])
+            else:
+                boxes.append(all_anchors.tensor.new_zeros(len(all_anchors), 4))
         return labels, boxes
 
 
 def _with_gradient(dense: list[Tensor], at: tuple[Tensor, ...], values: Tensor) -> Tensor:
-    """All levels of ``dense`` in one, with the gradients of ``values`` at some anchors."""
-    together = torch.cat(dense, dim=1)
-    return together.index_put(at, with_gradient_of(together[at], values))
+    """Concatenate predictions of all levels, with the gradients of ``values`` at some anchors.
+
+    Args:
+        dense: predictions without gradients, (N, anchors of a level, ...) for each level.
+        at: image indices and anchor indices, (n,) each.
+        values: the same predictions with gradients, (n, ...).
+    """
+    levels = torch.cat(dense, dim=1)
+    return levels.index_put(at, with_gradient_of(levels[at], values))
 
 
 def _match(matcher: Matcher, objects: Boxes, anchors: Boxes) -> tuple[Tensor, Tensor]:
-    """What ``matcher`` gives for the IoUs of ``objects`` with ``anchors``: indices and labels."""
+    """``matcher``'s indices and labels for the IoUs of ``objects`` with ``anchors``, in chunks."""
     if not len(objects):
         return matcher(pairwise_iou(objects, anchors))
     iou, matches, is_best = best_matches(
-        lambda some, part: pairwise_iou(Boxes(some), Boxes(part)),
+        lambda some_objects, some_anchors: pairwise_iou(Boxes(some_objects), Boxes(some_anchors)),
         objects.tensor,
         anchors.tensor,
         max(MATCHED_AT_ONCE // len(objects), 1),
@@ -137,8 +156,8 @@ def _match(matcher: Matcher, objects: Boxes, anchors: Boxes) -> tuple[Tensor, Te
     return matches, labels
 
 
-class LeanBoxHead(FastRCNNConvFCHead):
-    """``FastRCNNConvFCHead`` that runs every other convolution again in the backward."""
+class LeanBoxHead(Replacement, FastRCNNConvFCHead):
+    """``FastRCNNConvFCHead`` that recomputes every other convolution in the backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         if has_inner_hooks(self):
@@ -146,8 +165,8 @@ class LeanBoxHead(FastRCNNConvFCHead):
         return lean_chain(_layers(self), x, products=2)
 
 
-class LeanMaskHead(MaskRCNNConvUpsampleHead):
-    """``MaskRCNNConvUpsampleHead`` that runs every other convolution again in the backward."""
+class LeanMaskHead(Replacement, MaskRCNNConvUpsampleHead):
+    """``MaskRCNNConvUpsampleHead`` that recomputes every other convolution in the backward."""
 
     def layers(self, x: Tensor) -> Tensor:
         if has_inner_hooks(self):
@@ -159,18 +178,21 @@ def _layers(head: nn.Sequential) -> list[Layer]:
     layers: list[Layer] = []
     for module in head:
         if isinstance(module, Conv2d) and (module.norm or module.activation):
-            parts = (BareConvolution(module), module.norm, module.activation)
-            layers += [part for part in parts if part is not None]
+            steps = (BareConvolution(module), module.norm, module.activation)
+            layers += [step for step in steps if step is not None]
         else:
             layers.append(module)
     return layers
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """Detectron2's ``build_model``; made lean as MODEL.DR2NET.LEAN says on a reversible backbone.
+    """Detectron2's ``build_model``; a detector on a reversible backbone is also made lean.
+
+    Args:
+        cfg: MODEL.DR2NET.LEAN names the parts to make lean.
 
     Raises:
-        ConfigError: keys of MODEL that do not fit together.
+        ConfigError: keys of MODEL do not fit together.
     """
     parts = lean_parts(cfg)
     with detector_being_built():
@@ -179,15 +201,15 @@ def build_detector(cfg: CfgNode) -> nn.Module:
 
 
 def make_lean(model: nn.Module, parts: Collection[str]) -> nn.Module:
-    """Let parts of a built detector keep less for their backward, exactly, and log which.
+    """Make parts of a built detector keep less for their backward, exactly, and log which.
 
-    Parameters, state dict, values and gradients stay what they are, up to the rounding of
-    gradients. Only modules of exactly Detectron2's own classes change (and our pyramid); others,
+    Parameters, state dict, values and gradients stay the same, up to rounding in the gradients.
+    Our pyramid can be made lean, and modules of exactly Detectron2's own classes; other modules,
     and heads whose norms keep running statistics, stay as they are.
 
     Args:
-        model: changed in place.
-        parts: of ``dr2net_d2.config.LEAN_PARTS``.
+        model: a detector, changed in place.
+        parts: some of ``dr2net_d2.config.LEAN_PARTS``.
 
     Returns:
         ``model``.
@@ -197,51 +219,56 @@ def make_lean(model: nn.Module, parts: Collection[str]) -> nn.Module:
     """
     if unknown := set(parts) - set(LEAN_PARTS):
         raise ValueError(f"parts has {sorted(unknown)}; use some of {list(LEAN_PARTS)}")
-    changed: list[str] = []
-    left: list[str] = []
+    replacements: dict[nn.Module, nn.Module] = {}
+    lean_names: list[str] = []
+    stock_names: list[str] = []
     for name, module in model.named_modules():
-        part = _part(name, module)
-        if part not in parts:
+        if _part(name, module) not in parts:
             continue
-        if isinstance(module, SimpleFeaturePyramid):
-            module.lean = True
-        elif lean := _lean_class(module):
-            module.__class__ = lean
-        (changed if _is_lean(module) else left).append(f"{name} ({type(module).__name__})")
-    logger.info("lean: %s", ", ".join(changed) or "nothing")
-    if left:
-        logger.info("not lean, of another kind: %s", ", ".join(left))
+        lean = lean_version(module)
+        if lean is None:
+            stock_names.append(f"{name} ({type(module).__name__})")
+        else:
+            replacements[module] = lean
+            lean_names.append(f"{name} ({type(lean).__name__})")
+    replace_modules(model, replacements)
+    logger.info("lean: %s", ", ".join(lean_names) or "nothing")
+    if stock_names:
+        logger.info("not lean, of another kind: %s", ", ".join(stock_names))
     return model
 
 
 def _part(name: str, module: nn.Module) -> str | None:
-    """The part of a detector that a module is, by its type or its place."""
+    """Which part of a detector a module is, by its type or its name; None for no such part."""
     if isinstance(module, SimpleFeaturePyramid):
         return "pyramid"
     if isinstance(module, RPN) or name.endswith("proposal_generator"):
         return "rpn"
-    *_, place, last = ["", "", *name.split(".")]
-    head = place if last.isdigit() else last
+    *_, parent, last = ["", "", *name.split(".")]
+    # The heads of a cascade are numbered in a list that has the name of the head.
+    head = parent if last.isdigit() else last
     if head in ("box_head", "mask_head", "keypoint_head") and not isinstance(module, nn.ModuleList):
         return "roi"
     return None
 
 
-def _is_lean(module: nn.Module) -> bool:
-    return isinstance(module, (SimpleFeaturePyramid, LeanRPN, LeanBoxHead, LeanMaskHead))
+def lean_version(module: nn.Module) -> nn.Module | None:
+    """The lean module to use in place of a part of a detector, or None if there is none for it.
 
-
-def _lean_class(module: nn.Module) -> type[nn.Module] | None:
+    A part that can be lean by itself, or is already, is its own lean version.
+    """
+    if isinstance(module, SimpleFeaturePyramid):
+        module.lean = True
+        return module
+    if isinstance(module, (LeanRPN, LeanBoxHead, LeanMaskHead)):
+        return module
     if type(module) is RPN and type(module.rpn_head) is StandardRPNHead:
-        for part in module.modules():
-            if isinstance(part, Conv2d) and type(part.activation) is nn.ReLU:
-                part.activation.inplace = True  # the convolution does not need what it gave
-        return LeanRPN
-    heads: dict[type[nn.Module], type[nn.Module]] = {
-        FastRCNNConvFCHead: LeanBoxHead,
-        MaskRCNNConvUpsampleHead: LeanMaskHead,
-    }
-    convolutions = [part for part in module.modules() if isinstance(part, Conv2d)]
-    if all(isinstance(part.norm, _NORMS) for part in convolutions):
-        return heads.get(type(module))
+        return LeanRPN(module)
+    convolutions = [child for child in module.modules() if isinstance(child, Conv2d)]
+    if not all(isinstance(convolution.norm, _NORMS) for convolution in convolutions):
+        return None
+    if type(module) is FastRCNNConvFCHead:
+        return LeanBoxHead(module)
+    if type(module) is MaskRCNNConvUpsampleHead:
+        return LeanMaskHead(module)
     return None

@@ -1,4 +1,4 @@
-"""What ``train_net.py`` runs with Detectron2: check everything, then train or evaluate."""
+"""The Detectron2 engine of ``train_net.py``: check everything, then train or evaluate."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch import distributed
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dr2net_d2.d2.checkpointer import Dr2NetCheckpointer
+from dr2net_d2.d2.experiment import Experiment
 from dr2net_d2.d2.lazy_experiment import LazyExperiment
 from dr2net_d2.d2.trainer import Results
 from dr2net_d2.d2.yaml_experiment import YamlExperiment
@@ -29,23 +30,24 @@ from dr2net_d2.training import draw_curves, draw_predictions
 
 
 def run(args: argparse.Namespace) -> Results:
-    """Train and evaluate, or only evaluate, what a config file of either style describes.
+    """Train and evaluate, or only evaluate, as a config file of either style says.
 
-    Started by torchrun, it is one of its processes; otherwise it starts ``num_gpus`` of them.
+    Under torchrun this is one of the processes that torchrun has started. Otherwise it starts
+    ``num_gpus`` processes of its own.
 
     Args:
-        args: config_file (.yaml or .py), opts (``KEY VALUE`` words; ``key=value`` for .py),
-            eval_only, resume, num_gpus (per machine), num_machines, machine_rank, dist_url, as
-            Detectron2's ``default_argument_parser`` gives them.
+        args: as from Detectron2's ``default_argument_parser``: config_file (.yaml or .py), opts
+            (``KEY VALUE`` words; ``key=value`` for .py), eval_only, resume, num_gpus (per machine),
+            num_machines, machine_rank, dist_url.
 
     Returns:
         Detectron2's results, ``{"bbox": {"AP": ...}}``, under the names of the datasets if there
-        are several; empty on machines other than the first.
+        are several; empty on every machine but the first.
 
     Raises:
-        UserError: the config, a dataset or the path of the weights cannot be used, and the output
-            folder is as it was; or the weights do not fit the model.
-        FloatingPointError: the training has diverged; the last checkpoint is from before that.
+        UserError: the config, a dataset or the path of the weights cannot be used, and nothing has
+            been written; or the weights do not fit the model.
+        FloatingPointError: the training has diverged; the last checkpoint was written before.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _run_in_torchrun(args)
@@ -90,7 +92,7 @@ def _run_in_torchrun(args: argparse.Namespace) -> Results:
 
 
 def _work(args: argparse.Namespace, outcome: MutableMapping[str, Any]) -> None:
-    """One of several processes."""
+    """Run one of several processes; the results, or the error, are put into ``outcome``."""
     try:
         results = _train_or_evaluate(args)
     except (UserError, FloatingPointError) as error:
@@ -99,13 +101,13 @@ def _work(args: argparse.Namespace, outcome: MutableMapping[str, Any]) -> None:
     if comm.is_main_process():
         outcome["results"] = results
     if distributed.is_initialized():
-        # Its threads, left to the end of the process, abort it now and then.
+        # Threads of the group that outlive this function sometimes abort the process at its exit.
         distributed.destroy_process_group()
 
 
 def _train_or_evaluate(args: argparse.Namespace) -> Results:
     kind = LazyExperiment if args.config_file.endswith(".py") else YamlExperiment
-    experiment: LazyExperiment | YamlExperiment = kind(args)
+    experiment: Experiment = kind(args)
     settings = experiment.settings
     try:
         default_setup(experiment.cfg, args)
@@ -134,14 +136,14 @@ def _train_or_evaluate(args: argparse.Namespace) -> Results:
         if not args.eval_only:
             draw_curves(settings.output_dir)
         _draw_predictions(settings.output_dir, experiment.test_set())
-        # It reads nothing else of a config, and ends the process where results are others.
+        # verify_results reads nothing else of a config; it exits where the results differ.
         test = SimpleNamespace(EXPECTED_RESULTS=settings.expected_results)
         verify_results(SimpleNamespace(TEST=test), results)
     return results
 
 
 def _draw_predictions(output_dir: str, dataset: str | None) -> None:
-    """Of the dataset whose results file is in the output folder, if it can be read."""
+    """Draw the detections in the results file of the output folder, if there is one."""
     results = Path(output_dir, RESULTS_FILE)
     if dataset is not None and results.is_file():
         metadata = MetadataCatalog.get(dataset)

@@ -1,4 +1,4 @@
-"""Detectron2's evaluator interface for the protocols of small-object benchmarks."""
+"""The protocols of small-object benchmarks behind Detectron2's interface of evaluators."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ logger = logging.getLogger(__name__)
 
 
 class ProtocolEvaluator(DatasetEvaluator):
-    """Boxes by the protocol of a benchmark, in place of Detectron2's COCOEvaluator.
+    """Evaluates boxes by the protocol of a benchmark, in place of Detectron2's COCOEvaluator.
 
     In a LazyConfig: ``dataloader.evaluator = L(ProtocolEvaluator)(dataset_name=...,
-    protocol="visdrone", output_dir=...)``. Masks are left out.
+    protocol="visdrone", output_dir=...)``. Masks are not evaluated.
 
     Args:
-        dataset_name: registered, in COCO format.
-        protocol: a name of ``dr2net_d2.evaluation.PROTOCOLS``.
-        output_dir: for the detections in COCO format and the evaluation, if given.
-        distributed: gather what all processes found; the first one evaluates.
-        max_dets_per_image: of the protocol "coco".
+        dataset_name: a registered dataset in COCO format.
+        protocol: a name in ``dr2net_d2.evaluation.PROTOCOLS``.
+        output_dir: folder for the detections in COCO format and the evaluation; None writes none.
+        distributed: gather the detections of all processes; the first process evaluates.
+        max_dets_per_image: detections per image that the protocol "coco" counts; others have their
+            own number.
 
     Raises:
-        ConfigError: another protocol, or a dataset in another format.
+        ConfigError: there is no such protocol, or the dataset has another format.
     """
 
     def __init__(
@@ -65,17 +66,17 @@ class ProtocolEvaluator(DatasetEvaluator):
         self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Instances]]
     ) -> None:
         for image, output in zip(inputs, outputs, strict=True):
-            found = output["instances"].to("cpu")
+            detections = output["instances"].to("cpu")
             boxes = Instances(
-                found.image_size,
-                pred_boxes=found.pred_boxes,
-                scores=found.scores,
-                pred_classes=found.pred_classes,
+                detections.image_size,
+                pred_boxes=detections.pred_boxes,
+                scores=detections.scores,
+                pred_classes=detections.pred_classes,
             )
             self._results += instances_to_coco_json(boxes, image["image_id"])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """{"bbox": the protocol's metrics} in the first process, empty in the others."""
+        """Compute {"bbox": metrics} in the first process; the others return an empty dict."""
         results = self._results
         if self._distributed:
             comm.synchronize()
@@ -83,7 +84,7 @@ class ProtocolEvaluator(DatasetEvaluator):
             if not comm.is_main_process():
                 return {}
             results = [*itertools.chain.from_iterable(gathered)]
-        # Contiguous labels back to the ids of the JSON, as COCOEvaluator does it.
+        # Contiguous labels are turned back into the JSON's category ids, as in COCOEvaluator.
         labels = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
         ids = {label: category_id for category_id, label in labels.items()}
         for row in results:

@@ -1,4 +1,4 @@
-"""FCOS for YAML users: Detectron2 has the detector, but offers it to LazyConfig alone."""
+"""FCOS for YAML configs: Detectron2 has the detector, but only for LazyConfigs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fvcore.common.config import CfgNode
 
 @META_ARCH_REGISTRY.register()
 class FCOS(fcos.FCOS):
-    """Detectron2's ``FCOS`` (Tian et al., arXiv 1904.01355) from the keys of MODEL.FCOS."""
+    """Detectron2's ``FCOS`` (Tian et al., arXiv 1904.01355), built from the keys of MODEL.FCOS."""
 
     @configurable
     def __init__(self, **arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Training hooks."""
+"""Hooks for the training loops of Detectron2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.env import seed_all_rng
 from torch import Tensor, nn
@@ -64,10 +64,10 @@ class CoefficientHook(HookBase):
 
 
 class PeakMemory(HookBase):
-    """Writes the scalar "memory/peak_mb" after every iteration: MiB at most so far; period 1.
+    """Writes the scalar "memory/peak_mb" after every iteration: the peak so far in MiB; period 1.
 
-    Detectron2's own ``max_mem`` starts anew whenever someone resets CUDA's peak, and says nothing
-    on a CPU.
+    Detectron2's own ``max_mem`` starts again from zero when anything resets CUDA's peak, and
+    reports nothing on a CPU.
     """
 
     def __init__(self) -> None:
@@ -83,12 +83,12 @@ class NonFiniteGuard(HookBase):
     """Stops the training at a loss or a gradient that is not finite; period 1.
 
     Losses are checked before the backward, gradients between the backward and the optimizer's
-    step; each costs one synchronisation with the device. With a GradScaler, as in ``AMPTrainer``,
-    gradients may overflow: the scaler skips the step, and the scalar "amp/skipped_steps" has the
-    number of such steps so far.
+    step; each check synchronises with the device once. With a GradScaler, as in ``AMPTrainer``,
+    gradients may overflow: the scaler then skips the step, and the scalar "amp/skipped_steps"
+    counts such steps.
 
-    Works in any trainer of Detectron2 whose model returns a dict of losses. Raises
-    FloatingPointError, without the iteration: ``dr2net_d2.d2.Trainer`` adds it.
+    The hook works in any trainer of Detectron2 whose model returns a dict of losses. It raises a
+    FloatingPointError that does not tell the iteration; ``dr2net_d2.d2.Trainer`` adds it.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class NonFiniteGuard(HookBase):
 
     @property
     def _stepper(self) -> Any:
-        """Who runs the backward: the trainer, or the one within a ``DefaultTrainer``."""
+        """The trainer that runs the backward: this hook's, or the one inside a DefaultTrainer."""
         return getattr(self.trainer, "_trainer", self.trainer)
 
     @property
@@ -107,7 +107,7 @@ class NonFiniteGuard(HookBase):
     def before_train(self) -> None:
         self._handle = self.trainer.model.register_forward_hook(_check_training_losses)
         if self._stepper is not self.trainer:
-            # It calls after_backward of its own hooks alone, not of DefaultTrainer's.
+            # The inner trainer calls after_backward of its own hooks only, not of DefaultTrainer's.
             self._stepper.register_hooks([_AfterBackward(self)])
 
     def after_train(self) -> None:
@@ -129,7 +129,7 @@ class NonFiniteGuard(HookBase):
 
 
 class _AfterBackward(HookBase):
-    """Passes ``after_backward`` on to a hook of the outer trainer."""
+    """Passes ``after_backward`` of an inner trainer on to a hook of the outer one."""
 
     def __init__(self, hook: HookBase) -> None:
         self._hook = hook
@@ -144,14 +144,15 @@ def _check_training_losses(model: nn.Module, _: Any, output: Any) -> None:
 
 
 class SeedIterations(HookBase):
-    """Seeds Python's, NumPy's and torch's generators before every iteration; period 1.
+    """Seeds the generators of Python, NumPy and torch before every iteration; period 1.
 
-    What an iteration draws then depends on its number alone, so a resumed training goes on as the
-    uninterrupted one would have, whatever was drawn in between, by an evaluation for example.
+    The random numbers of an iteration then depend on its index alone. A resumed training therefore
+    continues exactly as the uninterrupted one, whatever was drawn in between, for example by an
+    evaluation.
 
     Args:
-        seed: of the training; iteration i of rank r gets ``seed + i * world_size + r``.
-        rank, world_size: of this process.
+        seed: seed of the training; iteration i on rank r gets ``seed + i * world_size + r``.
+        rank, world_size: index of this process, and number of processes.
     """
 
     def __init__(self, seed: int, rank: int, world_size: int) -> None:
@@ -163,13 +164,13 @@ class SeedIterations(HookBase):
 
 
 class LossNormalizer(HookBase):
-    """Saves the running number of positives that RetinaNet and FCOS divide their losses by.
+    """Saves the running number of positives by which RetinaNet and FCOS divide their losses.
 
-    Detectron2 keeps it outside the state dict, so that a resumed training would go on from the
-    initial value.
+    Detectron2 keeps that number outside the state dict, so a resumed training would start again
+    from its initial value.
 
     Args:
-        model: a detector of any kind, not wrapped.
+        model: any detector, not wrapped; without such a number nothing is saved.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -184,13 +185,13 @@ class LossNormalizer(HookBase):
 
 
 class MovingAverage(HookBase):
-    """An exponential moving average of the trainable parameters; period 1.
+    """Keeps an exponential moving average of the trainable parameters; period 1.
 
-    Its state is saved with a checkpoint.
+    The average is saved with every checkpoint.
 
     Args:
-        decay: in (0, 1), the weight of the average so far.
-        model: not wrapped.
+        decay: weight of the previous average in each update, in (0, 1).
+        model: the model, not wrapped.
     """
 
     def __init__(self, decay: float, model: nn.Module) -> None:
@@ -208,7 +209,7 @@ class MovingAverage(HookBase):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the model has the averages for parameters."""
+        """A context in which the model's parameters are the averages."""
         self._exchange()
         try:
             yield
@@ -217,7 +218,7 @@ class MovingAverage(HookBase):
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        # By value: what FSDP gathers is the storage of a shard.
+        # Values are copied, because FSDP gathers from the storage of each shard.
         for name, parameter in self._parameters.items():
             average = self._averages[name].clone()
             self._averages[name].copy_(parameter)
@@ -228,17 +229,19 @@ class MovingAverage(HookBase):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         if state_dict.keys() != self._parameters.keys():
-            raise ValueError("the moving average of the weights is of other parameters")
+            raise ValueError("the moving average of the weights belongs to other parameters")
         for name, average in state_dict.items():
             self._averages[name] = placed_like(self._parameters[name], average)
 
 
 class BestWeights(HookBase):
-    """Keeps the weights of the best evaluation in model_best.pth; ``update`` is its period.
+    """Writes the weights with the best evaluation so far to model_best.pth.
+
+    It acts when ``update`` is called, and saves the best result with every checkpoint.
 
     Args:
-        metric: a result such as "bbox/AP"; more is better, nan is never best.
-        checkpointer: of the model alone.
+        metric: name of a result, such as "bbox/AP"; higher is better, and nan is never the best.
+        checkpointer: a checkpointer of the model alone.
     """
 
     def __init__(self, metric: str, checkpointer: StrictCheckpointer) -> None:
@@ -247,7 +250,7 @@ class BestWeights(HookBase):
         self._best = -math.inf
 
     def update(self, results: Mapping[str, Any], iteration: int) -> None:
-        """To be called with the results of an evaluation; empty ones are left alone.
+        """Take the results of an evaluation into account; empty ones are ignored.
 
         Raises:
             ConfigError: the metric is not among the results.
@@ -257,7 +260,7 @@ class BestWeights(HookBase):
         values = flatten_results_dict(results)
         if self._metric not in values:
             raise ConfigError(
-                f"the best checkpoint is to be the best in {self._metric!r}, but results are "
+                f"the best checkpoint is chosen by {self._metric!r}, but results are "
                 f"{', '.join(values)}; choose one of them"
             )
         if values[self._metric] > self._best:
@@ -270,3 +273,14 @@ class BestWeights(HookBase):
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
         self._best = state_dict["best"]
+
+
+class EvalUnlessFailed(hooks.EvalHook):
+    """Detectron2's ``EvalHook``, which evaluates at the end only of a training that got there.
+
+    ``EvalHook`` itself takes an error in the last iteration for the end of the training.
+    """
+
+    def after_train(self) -> None:
+        self._eval_after_train = self.trainer.iter >= self.trainer.max_iter
+        super().after_train()

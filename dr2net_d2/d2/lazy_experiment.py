@@ -1,11 +1,11 @@
-"""A LazyConfig of Detectron2's: checked, and translated to what ``Trainer`` takes."""
+"""LazyConfigs: checked, and translated into a model, an optimizer and ``Settings``."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,20 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from dr2net_d2.commands import torch_device
-from dr2net_d2.config import LEAN_PARTS, amp_dtype, warn_of_limits
+from dr2net_d2.config import LEAN_PARTS, amp_dtype
 from dr2net_d2.core import CoefficientSchedule, reversible_stacks
 from dr2net_d2.d2.backbone import without_cropping
-from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_weights, model_limits
+from dr2net_d2.d2.checks import model_limits
 from dr2net_d2.d2.data import tile_dicts
 from dr2net_d2.d2.detector import make_lean
+from dr2net_d2.d2.experiment import Experiment, Keys, Optimization, Split
 from dr2net_d2.d2.sharding import shard
 from dr2net_d2.d2.sliced_detector import SlicedDetector
-from dr2net_d2.d2.trainer import Results, Settings, Trainer
+from dr2net_d2.d2.trainer import Results, Settings
 from dr2net_d2.errors import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
@@ -48,68 +48,60 @@ REQUIRED = (
     "train.eval_period",
     "train.log_period",
 )
-"""What Detectron2's own configs have, common/train.py and the like."""
+"""Fields that every LazyConfig of Detectron2 has, by common/train.py and the like."""
 
 
-class LazyExperiment:
-    """A training, or an evaluation, that a LazyConfig describes. Nothing has been written yet.
+class LazyExperiment(Experiment):
+    """A training, or an evaluation, as a LazyConfig describes it; see ``Experiment``.
 
-    It reads the fields of Detectron2's tools/lazyconfig_train_net.py, so its own configs run. Ours
-    may have besides, with their defaults elsewhere: train.seed, train.amp.dtype,
-    train.accumulation_steps, train.ema_decay, train.fsdp, train.best_metric,
-    train.expected_results, and dr2net.{schedule, lean, allow_partial, slicing}.
-
-    Args:
-        args: of ``engine.run``.
-
-    Attributes:
-        cfg, settings, weights, model: see ``YamlExperiment``.
-
-    Raises:
-        UserError: the config, a dataset or the path of the weights cannot be used.
+    It reads the fields of Detectron2's tools/lazyconfig_train_net.py, so Detectron2's own configs
+    run. Fields of ours are optional: train.seed, train.amp.dtype, train.accumulation_steps,
+    train.ema_decay, train.fsdp, train.best_metric, train.expected_results, and
+    dr2net.{schedule, lean, allow_partial, slicing}.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.cfg = cfg = load_lazy_config(args.config_file, args.opts)
-        self._train, self._own = cfg.train, cfg.get("dr2net", {})
-        self.weights = self._train.init_checkpoint
-        torch_device(self._train.device, "train.device")
-        self._splits = ("test",) if args.eval_only else ("train", "test")
-        self._densest = self._check_datasets()
-        self.settings = self._settings()
-        if not args.eval_only:
-            loader, steps = cfg.dataloader.train, self.settings.accumulation_steps
-            key = "dataloader.train.total_batch_size"
-            self._batch = check_batch_size(key, loader.total_batch_size, steps)
-        names = ("train.init_checkpoint", "train.output_dir")
-        check_weights(args, self.weights, self.settings.output_dir, *names)
-        seed = self.settings.seed
-        seed_all_rng(None if seed < 0 else seed + comm.get_rank())
-        with lazily("model"):
-            self.model = without_cropping(instantiate(cfg.model)).to(self._train.device)
-            if reversible_stacks(self.model):
-                make_lean(self.model, self._own.get("lean", LEAN_PARTS))
-        self._test_loader, self._sliced = self._evaluation()
-        self._sliced(self.model)  # refuses what cannot be sliced before anything is trained
-        if not args.eval_only:
-            if self._train.get("fsdp", False):
-                with lazily("train.fsdp"):
-                    shard(self.model, self._train.ddp.get("fp16_compression", False))
-            with lazily("optimizer"):
-                cfg.optimizer.params.model = self.model
-                self._optimizer = instantiate(cfg.optimizer)
-                # Not a part of the config that is written to the output folder.
-                del cfg.optimizer.params.model
-            with lazily("lr_multiplier"):
-                self._lr_multiplier = instantiate(cfg.lr_multiplier)
+    KEYS = Keys(
+        weights="train.init_checkpoint",
+        output_dir="train.output_dir",
+        batch_size="dataloader.train.total_batch_size",
+    )
+    cfg: DictConfig
 
-    def _settings(self) -> Settings:
-        train = self._train
+    @property
+    def weights(self) -> str:
+        weights: str = self.cfg.train.init_checkpoint
+        return weights
+
+    @property
+    def _dr2net(self) -> Mapping[str, Any]:
+        dr2net: Mapping[str, Any] = self.cfg.get("dr2net", {})
+        return dr2net
+
+    def _load(self, args: argparse.Namespace) -> DictConfig:
+        return load_lazy_config(args.config_file, args.opts)
+
+    def _validate_config(self) -> None:
+        torch_device(self.cfg.train.device, "train.device")
+
+    def _dataset_names(self, split: Split) -> list[str]:
+        """The datasets, if the loader takes them by name."""
+        names = OmegaConf.select(self.cfg.dataloader, f"{split}.dataset.names")
+        return [names] if isinstance(names, str) else [*(names or ())]
+
+    def _num_classes(self) -> tuple[str, int] | None:
+        for path in ("model.roi_heads.num_classes", "model.num_classes"):
+            num_classes = OmegaConf.select(self.cfg, path)
+            if num_classes is not None:
+                return path, num_classes
+        return None
+
+    def _build_settings(self) -> Settings:
+        train = self.cfg.train
         with lazily("train, dr2net"):
             return Settings(
                 output_dir=train.output_dir,
                 max_iter=train.max_iter,
-                schedule=instantiate(self._own.get("schedule", CoefficientSchedule())),
+                schedule=instantiate(self._dr2net.get("schedule", CoefficientSchedule())),
                 seed=train.get("seed", -1),
                 amp_dtype=amp_dtype(
                     train.amp.enabled, train.amp.get("dtype", "float16"), train.device
@@ -122,76 +114,82 @@ class LazyExperiment:
                 log_period=train.log_period,
                 best_metric=train.get("best_metric", ""),
                 expected_results=train.get("expected_results", ()),
-                allow_partial=[*self._own.get("allow_partial", ())],
+                allow_partial=[*self._dr2net.get("allow_partial", ())],
                 ddp=train.ddp,
             )
 
-    def _check_datasets(self) -> dict[str, int]:
-        for path in ("model.roi_heads.num_classes", "model.num_classes"):
-            num_classes = OmegaConf.select(self.cfg, path)
-            if num_classes is not None:
-                names = [name for split in self._splits for name in self._names(split)]
-                return check_datasets(path, num_classes, names)
-        return {}
+    def _images_per_iteration(self) -> int:
+        images: int = self.cfg.dataloader.train.total_batch_size
+        return images
 
-    def warn(self) -> None:
-        """Log what will run, but hardly as it was meant."""
-        for split in self._splits:
-            names = self._densest.keys() & {*self._names(split)}
-            densest = {name: self._densest[name] for name in names}
-            warn_of_limits(self._limits(split), densest)
+    def _build_model(self) -> nn.Module:
+        with lazily("model"):
+            model = without_cropping(instantiate(self.cfg.model)).to(self.cfg.train.device)
+            if reversible_stacks(model):
+                make_lean(model, self._dr2net.get("lean", LEAN_PARTS))
+        return model
 
-    def _limits(self, split: str) -> dict[str, int]:
-        """Those of an image, by path; the model's are a tile's where it sees tiles."""
-        if split == "test" and "slicing" in self._own:
-            return {"dr2net.slicing.most": instantiate(self._own.slicing).most}
+    def _validate_model(self) -> None:
+        self._sliced(self.model)
+
+    def _build_optimization(self) -> Optimization:
+        cfg = self.cfg
+        if cfg.train.get("fsdp", False):
+            with lazily("train.fsdp"):
+                shard(self.model, fp16_compression=cfg.train.ddp.get("fp16_compression", False))
+        with lazily("optimizer"):
+            cfg.optimizer.params.model = self.model
+            optimizer = instantiate(cfg.optimizer)
+            # The config is written to the output folder, where a model has no place.
+            del cfg.optimizer.params.model
+        with lazily("lr_multiplier"):
+            return Optimization(optimizer, instantiate(cfg.lr_multiplier))
+
+    def _box_limits(self, split: Split) -> dict[str, int]:
+        """The model's own limits count per tile where it sees tiles, so they are left out there."""
+        if split == "test" and "slicing" in self._dr2net:
+            return {"dr2net.slicing.most": instantiate(self._dr2net["slicing"]).most}
         if split == "train" and self.cfg.dataloader.train.dataset._target_ is tile_dicts:
             return {}
-        return model_limits(self.model, split == "train")
+        return model_limits(self.model, training=split == "train")
 
-    def _names(self, split: str) -> list[str]:
-        """Those of the datasets, if the loader reads datasets by names."""
-        names = OmegaConf.select(self.cfg.dataloader, f"{split}.dataset.names")
-        return [names] if isinstance(names, str) else [*(names or ())]
-
-    def trainer(self) -> Trainer:
-        """Reads the training images' annotations."""
+    def _train_loader(self, batch_size: int) -> Any:
         loader = self.cfg.dataloader.train.copy()
-        loader.total_batch_size = self._batch
+        loader.total_batch_size = batch_size
         if self.settings.seed >= 0 and loader._target_ is build_detection_train_loader:
-            # With a generator of its own the loader leaves the global one alone when it starts.
+            # With a seed of its own the loader starts without touching the global generators.
             loader.seed = self.settings.seed
         with lazily("dataloader.train"):
-            train_loader = instantiate(loader)
-        return Trainer(
-            self.model,
-            self._optimizer,
-            self._lr_multiplier,
-            train_loader,
-            self.evaluate,
-            self.settings,
-        )
+            return instantiate(loader)
 
-    def _evaluation(self) -> tuple[DictConfig, Callable[[nn.Module], nn.Module]]:
-        """The test loader, lazily, and what a model becomes for it: dr2net.slicing goes over tiles.
+    def _sliced(self, model: nn.Module) -> nn.Module:
+        """``model``, wrapped to go over tiles if dr2net.slicing asks for it.
 
-        The augmentations of the loader's mapper are then those of the tiles.
+        The wrapper then applies the augmentations of the test loader's mapper to each tile.
         """
-        loader = copy.deepcopy(self.cfg.dataloader.test)
-        if "slicing" not in self._own:
-            return loader, lambda model: model
+        if "slicing" not in self._dr2net:
+            return model
         with lazily("dr2net.slicing"):
-            slicing = instantiate(self._own.slicing)
-            augmentations = instantiate(loader.mapper.augmentations)
+            slicing = instantiate(self._dr2net["slicing"])
+            augmentations = instantiate(self.cfg.dataloader.test.mapper.augmentations)
+        return SlicedDetector(model, slicing=slicing, augmentations=augmentations)
+
+    def _test_loader(self) -> Any:
+        loader = copy.deepcopy(self.cfg.dataloader.test)
+        if "slicing" in self._dr2net:
             loader.mapper.augmentations = []
-        return loader, lambda model: SlicedDetector(model, slicing, augmentations)
+        return instantiate(loader)
 
     def evaluate(self, model: nn.Module, final: bool) -> Results:
-        """Detectron2's results; empty without an evaluator. The final ones are as all others."""
+        """Evaluate on dataloader.test; the last evaluation is like all others.
+
+        Returns:
+            Detectron2's results; empty where the config has no evaluator.
+        """
         if "evaluator" not in self.cfg.dataloader:
             return {}
         with lazily("dataloader"):
-            loader = instantiate(self._test_loader)
+            loader = self._test_loader()
             evaluator = instantiate(self.cfg.dataloader.evaluator)
         results: Results = inference_on_dataset(self._sliced(model), loader, evaluator)
         if comm.is_main_process():
@@ -199,16 +197,15 @@ class LazyExperiment:
         return results
 
     def test_set(self) -> str | None:
-        """The dataset that was evaluated."""
-        return next(iter(self._names("test")), None)
+        return next(iter(self._dataset_names("test")), None)
 
 
 def load_lazy_config(config_file: str, overrides: Sequence[str]) -> DictConfig:
-    """A LazyConfig file with ``key=value`` overrides.
+    """Load a LazyConfig file and apply ``key=value`` overrides.
 
     Raises:
-        ConfigError: no such file, an error in it, a field that is missing, an override of a field
-            that does not exist.
+        ConfigError: the file does not exist, has an error or lacks a field, or an override names a
+            field that does not exist.
     """
     if not Path(config_file).is_file():
         raise ConfigError(f"config file {config_file!r} does not exist; see configs/ for some")
@@ -231,7 +228,7 @@ def load_lazy_config(config_file: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:
-    """A key that exists, or a new argument of what is called, or one of our optional fields."""
+    """Refuse a key, unless it exists, is a new argument of a call, or an optional field of ours."""
     parent, _, name = key.rpartition(".")
     node: Any = OmegaConf.select(cfg, parent) if parent else cfg
     known = OPTIONAL.get(parent, ())
@@ -247,12 +244,12 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "train.amp": ("dtype",),
     "dr2net": ("slicing",),
 }
-"""Fields that Detectron2's configs lack and ``LazyExperiment`` reads."""
+"""Optional fields that ``LazyExperiment`` reads and Detectron2's own configs lack, by parent."""
 
 
 @contextmanager
 def lazily(part: str) -> Iterator[None]:
-    """Turn whatever the Python of a config raises into a ConfigError that names the part."""
+    """Turn whatever a config's Python code raises into a ConfigError that names ``part``."""
     try:
         yield
     except UserError:

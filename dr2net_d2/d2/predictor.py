@@ -1,4 +1,4 @@
-"""Detectron2's ``DefaultPredictor`` with strict weights, category names and tiles."""
+"""Detectron2's ``DefaultPredictor`` with strict loading, category names and tiles."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from dr2net_d2.weights import load_weights
 
 
 def load_detector(cfg: CfgNode) -> nn.Module:
-    """The trained detector of a config, in evaluation mode on MODEL.DEVICE.
+    """Build and load the trained detector of a config, in evaluation mode on MODEL.DEVICE.
 
     Raises:
-        UserError: the config cannot be used, or its weights are not those of the whole detector.
+        UserError: the config cannot be used, or MODEL.WEIGHTS lacks a part of the detector.
     """
     return load_weights(Dr2NetCheckpointer, build_detector(cfg), cfg.MODEL.WEIGHTS)
 
 
 class Predictor(DefaultPredictor):
-    """``DefaultPredictor`` that knows its categories, and loads all of its weights or refuses.
+    """``DefaultPredictor`` that knows its categories, and loads all of its weights or none.
 
-    It goes over tiles where TEST.TILES is enabled.
+    It goes over tiles if TEST.TILES is enabled.
+
+    Args:
+        cfg: the config of the detector.
 
     Attributes:
-        class_names: of the categories; their numbers where no dataset tells their names.
+        class_names: the names of the categories, or their numbers if no dataset has the names.
 
     Raises:
         UserError: see ``load_detector``.
@@ -42,7 +45,7 @@ class Predictor(DefaultPredictor):
         check_tiles(cfg)
         self.model = sliced(cfg, load_detector(self.cfg))
         sizes = cfg.INPUT
-        # Tiles are resized one by one; 0 keeps an image as it is.
+        # Tiles are resized one by one, so the image keeps its size, which 0 asks for.
         shortest = 0 if cfg.TEST.TILES.ENABLED else sizes.MIN_SIZE_TEST
         self.aug = ResizeShortestEdge([shortest] * 2, sizes.MAX_SIZE_TEST)
         self.input_format = sizes.FORMAT
@@ -50,5 +53,5 @@ class Predictor(DefaultPredictor):
 
 
 def _names(dataset: str) -> tuple[str, ...]:
-    # Detectron2 knows its own without their files, which are seldom where a detector is used.
+    # Detectron2 knows the names of its own datasets without their files, which may not be here.
     return tuple(MetadataCatalog.get(dataset).get("thing_classes", ())) or register_dataset(dataset)

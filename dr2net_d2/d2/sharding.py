@@ -17,29 +17,30 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(model: nn.Module, fp16_compression: bool = False) -> None:
-    """Shard the parameters of a detector over all processes; their gradients follow.
+    """Shard the parameters of a detector, and with them their gradients, over all processes.
 
-    Attention and MLP of every transformer block are gathered one at a time: a reversible block is
-    called once for each, and what it holds itself is little. That and everything else, whose
-    parameters are also used outside their modules, is gathered for a whole iteration. Parameters
-    and gathers are of full precision: autocast casts them as in one process.
+    The attention and the MLP of every transformer block are gathered one at a time, because a
+    reversible block is called once for each. All other parameters, among them the few that a block
+    holds itself, may be used outside their modules, so they are gathered for a whole iteration.
+    Parameters are kept and gathered in full precision; autocast casts them as in one process.
 
-    The detector starts with the first process's parameters and buffers, and goes on loading
-    ordinary state dicts; the optimizer has to be built afterwards. One process is left alone.
+    All processes start with the parameters and buffers of the first one. The detector goes on
+    loading ordinary state dicts. The optimizer has to be built afterwards. With one process nothing
+    changes.
 
     Args:
         model: on its device, changed in place.
         fp16_compression: reduce gradients in float16.
 
     Raises:
-        ValueError: a parameter that cannot be sharded, such as one without a dimension.
+        ValueError: a parameter cannot be sharded, for example because it has no dimension.
     """
     if comm.get_world_size() == 1:
         return
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
     device = next(model.parameters()).device
-    # Nothing changes in place what attention or an MLP gives.
+    # The warning is about in-place changes to the output, and nothing changes that of these parts.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (comm.get_world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float16 if fp16_compression else None)
@@ -58,7 +59,7 @@ def _load_shards(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
 
 
 def placed_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor on the device, and in the shards, of a parameter of the same shape."""
+    """Move a whole tensor to the device, and into the shards, of a parameter of its shape."""
     value = value.to(parameter.device)
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
@@ -68,7 +69,7 @@ def placed_like(parameter: Tensor, value: Tensor) -> Tensor:
 def load_optimizer_shards(
     optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
 ) -> dict[str, Any]:
-    """A hook before ``optimizer.load_state_dict`` that takes the state of a whole model."""
+    """Convert the state of an unsharded optimizer; a hook to run before ``load_state_dict``."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for index, values in state_dict["state"].items():
@@ -81,13 +82,13 @@ def load_optimizer_shards(
 
 
 def _is_of_shape(value: Any, parameter: Tensor) -> bool:
-    """The number of steps, for one, is not."""
+    """Whether a value of the state belongs to the elements of a parameter, unlike "step"."""
     return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 @contextmanager
 def without_reduction(model: FSDPModule) -> Iterator[None]:
-    """Within it gradients add up on their process, as under ``no_sync``."""
+    """A context in which gradients accumulate in their process, as under DDP's ``no_sync``."""
     model.set_requires_gradient_sync(False)
     try:
         yield
@@ -97,9 +98,9 @@ def without_reduction(model: FSDPModule) -> Iterator[None]:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Within it every process has all parameters, so that it may evaluate more images than others.
+    """A context in which every process has all parameters, so that forwards need no gathering.
 
-    A forward that gathers would wait for those who have none left.
+    Otherwise a process with more images to evaluate would wait for those that have none left.
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:

@@ -1,4 +1,4 @@
-"""Sliced inference around Detectron2's detectors, whatever finds instances."""
+"""Sliced inference for Detectron2's detectors."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dr2net_d2.errors import ConfigError
 
 
 class SlicedDetector(nn.Module):
-    """A detector that goes over the tiles of its images; see ``dr2net_d2.data.slicing.Slicing``.
+    """Runs a detector on the tiles of each image and merges the boxes.
+
+    Inputs and outputs are those of ``model``, with images (C, H, W) uint8 in their original size.
 
     Args:
-        model: gives boxes, scores and classes.
-        slicing: how.
-        augmentations: of each tile, and of the whole image, in place of the mapper's.
-
-    Shape: as ``model``'s, images (C, H, W) uint8 being those of the dataset, of full size.
+        model: a detector whose instances have boxes, scores and classes.
+        slicing: how to tile images and to merge boxes.
+        augmentations: applied to each tile, and to the whole image, in place of the mapper's.
 
     Raises:
-        ConfigError: the model finds masks or keypoints, which are not merged.
+        ConfigError: the model also predicts masks or keypoints, which cannot be merged.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class SlicedDetector(nn.Module):
     ) -> None:
         super().__init__()
         heads = getattr(model, "roi_heads", None)
-        for what in ("mask", "keypoint"):
-            if getattr(heads, f"{what}_on", False):
+        for kind in ("mask", "keypoint"):
+            if getattr(heads, f"{kind}_on", False):
                 raise ConfigError(
-                    f"sliced inference merges boxes, and the detector finds {what}s as well; set "
-                    f"MODEL.{what.upper()}_ON False, or detect in whole images"
+                    f"sliced inference merges boxes, and the detector finds {kind}s as well; set "
+                    f"MODEL.{kind.upper()}_ON False, or detect in whole images"
                 )
         self.model = model
         self.slicing = slicing
@@ -49,50 +49,50 @@ class SlicedDetector(nn.Module):
         self.training = model.training
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
-        return [{"instances": self._instances(given)} for given in batched_inputs]
+        return [{"instances": self._instances(inputs)} for inputs in batched_inputs]
 
-    def _instances(self, given: dict[str, Any]) -> Instances:
-        image = given["image"]
+    def _instances(self, inputs: dict[str, Any]) -> Instances:
+        image = inputs["image"]
         boxes, scores, labels = self.slicing.detect(image, self._detect)
         height, width = image.shape[1:]
         instances = Instances(
             (height, width), pred_boxes=Boxes(boxes), scores=scores, pred_classes=labels
         )
         return detector_postprocess(
-            instances, given.get("height", height), given.get("width", width)
+            instances, inputs.get("height", height), inputs.get("width", width)
         )
 
-    def _detect(self, parts: list[Tensor]) -> list[Found]:
-        found = self.model([self._resized(part) for part in parts])
-        instances = (one["instances"] for one in found)
+    def _detect(self, tiles: list[Tensor]) -> list[Found]:
+        outputs = self.model([self._resized(tile) for tile in tiles])
+        instances = (output["instances"] for output in outputs)
         return [Found(i.pred_boxes.tensor, i.scores, i.pred_classes) for i in instances]
 
-    def _resized(self, part: Tensor) -> dict[str, Any]:
-        height, width = part.shape[1:]
-        sample = T.AugInput(np.ascontiguousarray(part.cpu().numpy().transpose(1, 2, 0)))
+    def _resized(self, tile: Tensor) -> dict[str, Any]:
+        height, width = tile.shape[1:]
+        sample = T.AugInput(np.ascontiguousarray(tile.cpu().numpy().transpose(1, 2, 0)))
         self.augmentations(sample)
         image = torch.as_tensor(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))
         return {"image": image, "height": height, "width": width}
 
 
 def sliced(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """The detector of a config, as TEST.TILES says; it is ``model`` itself without tiles.
+    """``model``, wrapped to go over tiles if TEST.TILES is enabled.
 
     Raises:
-        ConfigError: TEST.TILES cannot be used, or not with this detector.
+        ConfigError: TEST.TILES has values that cannot be used, or the detector cannot be sliced.
     """
     slicing, sizes = build_slicing(cfg), cfg.INPUT
     if slicing is None:
         return model
     resize = T.ResizeShortestEdge([sizes.MIN_SIZE_TEST] * 2, sizes.MAX_SIZE_TEST)
-    return SlicedDetector(model, slicing, [resize])
+    return SlicedDetector(model, slicing=slicing, augmentations=[resize])
 
 
 def check_tiles(cfg: CfgNode) -> None:
-    """Refuse tiles that Detectron2 cannot train on or detect in.
+    """Refuse INPUT.TILES and TEST.TILES where other keys rule tiles out.
 
     Raises:
-        ConfigError: names the key that stands in the way.
+        ConfigError: it names the key to change.
     """
     samplers = ("TrainingSampler", "RandomSubsetTrainingSampler", "RepeatFactorTrainingSampler")
     refused = []
@@ -107,4 +107,6 @@ def check_tiles(cfg: CfgNode) -> None:
         refused += [("TEST", key) for key in ("MODEL.LOAD_PROPOSALS", "TEST.AUG.ENABLED")]
     for split, key in refused:
         if value_of(cfg, key):
-            raise ConfigError(f"{split}.TILES.ENABLED does not go with {key} True; turn off one")
+            raise ConfigError(
+                f"{split}.TILES.ENABLED and {key} are both True; turn off one of them"
+            )

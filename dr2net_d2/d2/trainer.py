@@ -1,4 +1,4 @@
-"""The training loop of both config styles: accumulation, autocast, hooks, exact resuming."""
+"""The training loop of both config styles: accumulation, autocast, hooks, exact resumption."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from dr2net_d2.d2.data import skip_batches
 from dr2net_d2.d2.hooks import (
     BestWeights,
     CoefficientHook,
+    EvalUnlessFailed,
     LossNormalizer,
     MovingAverage,
     NonFiniteGuard,
@@ -40,27 +41,31 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a training runs; YAML and LazyConfig files are both translated to it.
+    """How a training runs. YAML configs and LazyConfigs are both translated into it.
 
     Attributes:
-        output_dir: of checkpoints, logs and results.
-        max_iter: length in iterations, resumed parts included.
-        schedule: of the coefficients.
-        seed: makes it repeatable; negative: another one each time.
-        amp_dtype: of autocast; None trains in the weights' precision. float16 has its loss scaled.
-        accumulation_steps: batches of the train loader that an iteration goes through.
-        ema_decay: of the moving average of the weights, which is evaluated in their place and
-            written to model_ema.pth; 0 for none.
-        eval_period, checkpoint_period, log_period: in iterations; 0 evaluates at the end alone.
-        max_checkpoints: periodic ones to keep; None keeps all.
-        best_metric: the result, such as "bbox/AP", whose best weights are kept; "" keeps none.
+        output_dir: folder of checkpoints, logs and results.
+        max_iter: length of the whole training in iterations.
+        schedule: progress -> (alpha, beta).
+        seed: makes the training repeatable; with a negative one every run differs.
+        amp_dtype: dtype of autocast; None trains in the precision of the weights. With float16 the
+            loss is scaled.
+        accumulation_steps: batches of the train loader per iteration.
+        ema_decay: decay of the moving average of the weights, which is evaluated in place of the
+            weights and written to model_ema.pth; 0 for none.
+        eval_period: iterations between evaluations; 0 evaluates at the end only.
+        checkpoint_period: iterations between checkpoints.
+        max_checkpoints: number of periodic checkpoints to keep; None keeps all.
+        log_period: iterations between lines of the log.
+        best_metric: the result, such as "bbox/AP", by which the best weights are kept; "" keeps
+            none.
         allow_partial: see ``StrictCheckpointer``.
-        expected_results: rows of task, metric, value, tolerance; the command fails without them.
-        ddp: arguments of DistributedDataParallel, and Detectron2's ``fp16_compression``; of no
-            effect on a model that is sharded.
+        expected_results: rows of (task, metric, value, tolerance) that the results must match.
+        ddp: arguments of DistributedDataParallel, and Detectron2's ``fp16_compression``; ignored
+            for a sharded model.
 
     Raises:
-        ValueError: no iterations, or a decay outside [0, 1).
+        ValueError: max_iter is below 1, or ema_decay outside [0, 1).
     """
 
     output_dir: str
@@ -89,18 +94,18 @@ class Settings:
 
 
 class Trainer(SimpleTrainer):
-    """Finetunes a detector by Dr2Net, with evaluation, checkpoints and exact resuming.
+    """Finetunes a detector as a Dr2Net, with evaluation, checkpoints and exact resumption.
 
-    With a seed, no data loader workers and deterministic kernels, a training that was resumed ends
-    with the same weights, bit for bit, as one that was not interrupted.
+    With a seed, no data loader workers and deterministic kernels, a resumed training ends with the
+    same weights, bit for bit, as an uninterrupted one.
 
     Args:
-        model: on its device, not wrapped, but maybe sharded (``sharding.shard``); it returns a dict
-            of losses in training.
-        optimizer: of its parameters.
-        lr_scheduler: torch's, or fvcore's multiplier of the learning rates.
-        train_loader: of Detectron2; ``accumulation_steps`` of its batches make an iteration.
-        evaluate: (model, whether it is the last evaluation) -> results, as Detectron2's
+        model: on its device and not wrapped, though it may be sharded (``sharding.shard``); in
+            training it returns a dict of losses.
+        optimizer: over the model's parameters.
+        lr_scheduler: a scheduler of torch, or fvcore's multiplier of the learning rates.
+        train_loader: Detectron2's train loader, with ``accumulation_steps`` batches an iteration.
+        evaluate: (model, whether this is the last evaluation) -> results such as Detectron2's
             ``{"bbox": {"AP": ...}}``.
         settings: how to train.
         extra_hooks: run before checkpoints are written.
@@ -144,8 +149,9 @@ class Trainer(SimpleTrainer):
         extra_hooks: Sequence[HookBase],
     ) -> list[HookBase | None]:
         settings, main = self.settings, comm.is_main_process()
-        average = MovingAverage(settings.ema_decay, model) if settings.ema_decay else None
         weights = Dr2NetCheckpointer(model, settings.output_dir)
+        average = MovingAverage(settings.ema_decay, model) if settings.ema_decay else None
+        best = BestWeights(settings.best_metric, weights) if settings.best_metric else None
 
         def evaluate_and_keep() -> Results:
             with average.in_place() if average else nullcontext():
@@ -154,39 +160,57 @@ class Trainer(SimpleTrainer):
                 if average:
                     weights.save_weights("model_ema")
                 if best:
-                    # Those of the main process: all others have none.
+                    # Only the main process has results.
                     best.update(comm.all_gather(self.results)[0], self.iter)
             return self.results
 
-        best = BestWeights(settings.best_metric, weights) if settings.best_metric else None
-        ours: list[HookBase | None] = [
+        seed = None
+        if settings.seed >= 0:
+            seed = SeedIterations(settings.seed, comm.get_rank(), comm.get_world_size())
+        checkpoints = hooks.PeriodicCheckpointer(
+            self.checkpointer,
+            settings.checkpoint_period,
+            # Only the main process writes checkpoints, so only it removes old ones.
+            max_to_keep=settings.max_checkpoints if main else None,
+        )
+        writer = None
+        if main:
+            writers = default_writers(settings.output_dir, settings.max_iter)
+            writer = hooks.PeriodicWriter(writers, settings.log_period)
+        return [
+            # First, so that the time of an iteration excludes what other hooks do after it.
             hooks.IterationTimer(),
+            # Before anything in the iteration draws random numbers.
+            seed,
+            # Anywhere before the forward.
             CoefficientHook(settings.schedule, settings.max_iter),
+            # Anywhere before the writer of its scalar.
             PeakMemory(),
+            # What these keep is part of a checkpoint, or changes the model as PreciseBN does, so
+            # they act before checkpoints are written.
             NonFiniteGuard(),
             hooks.LRScheduler(self.optimizer, lr_scheduler),
             LossNormalizer(model),
             average,
             best,
             *extra_hooks,
+            # Before the evaluation, so that one which fails does not cost the checkpoint.
+            checkpoints,
+            # After all that changes the weights or their average.
+            EvalUnlessFailed(settings.eval_period, evaluate_and_keep),
+            # Last, so that the results of the evaluation are written, too.
+            writer,
         ]
-        if settings.seed >= 0:
-            ours.insert(1, SeedIterations(settings.seed, comm.get_rank(), comm.get_world_size()))
-        # Only the main process writes checkpoints, and removes them.
-        period, keep = settings.checkpoint_period, settings.max_checkpoints if main else None
-        ours.append(hooks.PeriodicCheckpointer(self.checkpointer, period, max_to_keep=keep))
-        ours.append(hooks.EvalHook(settings.eval_period, evaluate_and_keep))
-        if main:
-            # Last, so that evaluation results are written too.
-            writers = default_writers(settings.output_dir, settings.max_iter)
-            ours.append(hooks.PeriodicWriter(writers, settings.log_period))
-        return ours
 
     def resume_or_load(self, weights: str, resume: bool) -> None:
-        """Continue from the last checkpoint of OUTPUT_DIR, or begin with a file of weights.
+        """Continue from the last checkpoint in the output folder, or start from a file of weights.
+
+        Args:
+            weights: path, URL or name of the weights to start from; empty for the model as it is.
+            resume: continue if there is a checkpoint.
 
         Raises:
-            WeightsError: the weights do not fit, or the checkpoint is of another training.
+            WeightsError: the weights do not fit, or the checkpoint belongs to another training.
         """
         self.iter = -1
         self.checkpointer.resume_or_load(weights, resume=resume)
@@ -211,10 +235,10 @@ class Trainer(SimpleTrainer):
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def train(self) -> Results:  # type: ignore[override]
-        """From where ``resume_or_load`` left off to the end; returns the last results.
+        """Train from where ``resume_or_load`` left off to the end; returns the last results.
 
         Raises:
-            FloatingPointError: the training has diverged; the last checkpoint is from before that.
+            FloatingPointError: the training has diverged; the last checkpoint was written before.
         """
         skip_batches(self.data_loader, self.start_iter * self.settings.accumulation_steps)
         super().train(self.start_iter, self.settings.max_iter)
@@ -247,7 +271,7 @@ class Trainer(SimpleTrainer):
         self.grad_scaler.update()
 
     def _without_reduction(self) -> Any:
-        """Gradients of several passes are reduced over processes with the last of them."""
+        """A context in which gradients accumulate locally; the last pass reduces them."""
         if isinstance(self.model, FSDPModule):
             return without_reduction(self.model)
         return self.model.no_sync() if comm.get_world_size() > 1 else nullcontext()
@@ -255,11 +279,3 @@ class Trainer(SimpleTrainer):
     def after_step(self) -> None:
         with divergence_at(self.iter):
             super().after_step()
-
-    def after_train(self) -> None:
-        if self.iter < self.max_iter:
-            # EvalHook would take an error in the last iteration for the end of the training.
-            self._hooks: list[HookBase] = [
-                hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)
-            ]
-        super().after_train()

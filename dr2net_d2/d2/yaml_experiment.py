@@ -1,4 +1,4 @@
-"""A YAML config of Detectron2's: checked, and translated to what ``Trainer`` takes."""
+"""YAML configs: checked, and translated into a model, an optimizer and ``Settings``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from fvcore.common.config import CfgNode
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
@@ -38,15 +37,15 @@ from dr2net_d2.config import (
     evaluation_protocol,
     head_section,
     lean_parts,
-    warn_of_limits,
 )
-from dr2net_d2.d2.checks import check_batch_size, check_datasets, check_tta, check_weights
+from dr2net_d2.d2.checks import check_tta
 from dr2net_d2.d2.data import CheckedMapper, tile_dicts
 from dr2net_d2.d2.detector import build_detector
 from dr2net_d2.d2.evaluation import ProtocolEvaluator
+from dr2net_d2.d2.experiment import Experiment, Keys, Optimization, Split
 from dr2net_d2.d2.sharding import shard
 from dr2net_d2.d2.sliced_detector import check_tiles, sliced
-from dr2net_d2.d2.trainer import Results, Settings, Trainer
+from dr2net_d2.d2.trainer import Results, Settings
 from dr2net_d2.errors import ConfigError, config_section
 from dr2net_d2.evaluation import choose_protocol
 from dr2net_d2.training import build_optimizer
@@ -54,52 +53,50 @@ from dr2net_d2.training import build_optimizer
 logger = logging.getLogger(__name__)
 
 
-class YamlExperiment:
-    """A training, or an evaluation, that a YAML config describes. Nothing has been written yet.
+class YamlExperiment(Experiment):
+    """A training, or an evaluation, as a YAML config describes it; see ``Experiment``."""
 
-    Args:
-        args: of ``engine.run``.
+    KEYS = Keys(weights="MODEL.WEIGHTS", output_dir="OUTPUT_DIR", batch_size="SOLVER.IMS_PER_BATCH")
+    cfg: CfgNode
 
-    Attributes:
-        cfg: frozen.
-        settings: of the training.
-        weights: MODEL.WEIGHTS.
-        model: the detector on its device, without the weights.
+    @property
+    def weights(self) -> str:
+        weights: str = self.cfg.MODEL.WEIGHTS
+        return weights
 
-    Raises:
-        UserError: the config, a dataset or the path of the weights cannot be used.
-    """
-
-    def __init__(self, args: argparse.Namespace) -> None:
+    def _load(self, args: argparse.Namespace) -> CfgNode:
         cfg = load_config(args.config_file, args.opts, "detectron2")
-        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         cfg.freeze()
-        self.weights = cfg.MODEL.WEIGHTS
-        lean_parts(cfg)
-        torch_device(cfg.MODEL.DEVICE)
-        check_tiles(cfg)
-        self._splits = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
-        self._densest = self._check_datasets()
-        if cfg.DATASETS.TEST:
-            self._check_evaluation()
-        self.settings = self._settings()
-        if not args.eval_only:
-            steps = cfg.SOLVER.ACCUMULATION_STEPS
-            self._batch = check_batch_size("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, steps)
-        check_weights(args, self.weights, cfg.OUTPUT_DIR)
-        seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
-        self.model = build_detector(cfg)
-        sliced(cfg, self.model)  # refuses what cannot be sliced before anything is trained
-        if cfg.TEST.AUG.ENABLED:
-            check_tta(cfg, self.model)
-        if not args.eval_only:
-            with config_section("SOLVER"):
-                if cfg.SOLVER.FSDP:
-                    shard(self.model, cfg.SOLVER.FP16_COMPRESSION)
-                self._optimizer = build_optimizer(cfg, self.model)
-                self._lr_scheduler = build_lr_scheduler(cfg, self._optimizer)
+        return cfg
 
-    def _settings(self) -> Settings:
+    def _validate_config(self) -> None:
+        lean_parts(self.cfg)
+        torch_device(self.cfg.MODEL.DEVICE)
+        check_tiles(self.cfg)
+        split = self.splits[0]
+        if not self._dataset_names(split):
+            raise ConfigError(f"DATASETS.{split.upper()} is empty; name at least one dataset")
+
+    def _check_datasets(self) -> dict[str, int]:
+        densest = super()._check_datasets()
+        if self._dataset_names("test"):
+            self._validate_evaluation()
+        return densest
+
+    def _validate_evaluation(self) -> None:
+        choose_protocol(self.cfg.TEST.PROTOCOL, self.cfg.TEST.DETECTIONS_PER_IMAGE)
+        for name in self._dataset_names("test"):
+            evaluator_kind(self.cfg, name)
+
+    def _dataset_names(self, split: Split) -> list[str]:
+        return list(self.cfg.DATASETS[split.upper()])
+
+    def _num_classes(self) -> tuple[str, int]:
+        section = head_section(self.cfg)
+        return f"MODEL.{section}.NUM_CLASSES", self.cfg.MODEL[section].NUM_CLASSES
+
+    def _build_settings(self) -> Settings:
         cfg = self.cfg
         solver = cfg.SOLVER
         with config_section("SOLVER"):
@@ -122,80 +119,81 @@ class YamlExperiment:
                 },
             )
 
-    def _check_datasets(self) -> dict[str, int]:
-        cfg, splits = self.cfg, self._splits
-        if not cfg.DATASETS[splits[0]]:
-            raise ConfigError(f"DATASETS.{splits[0]} is empty; name at least one dataset")
-        section = head_section(cfg)
-        names = [name for split in splits for name in cfg.DATASETS[split]]
-        key = f"MODEL.{section}.NUM_CLASSES"
-        return check_datasets(key, cfg.MODEL[section].NUM_CLASSES, names)
-
-    def warn(self) -> None:
-        """Log what will run, but hardly as it was meant."""
-        for split in self._splits:
-            names = self._densest.keys() & {*self.cfg.DATASETS[split]}
-            densest = {name: self._densest[name] for name in names}
-            warn_of_limits(box_limits(self.cfg, split), densest)
-
-    def _check_evaluation(self) -> None:
-        choose_protocol(self.cfg.TEST.PROTOCOL, self.cfg.TEST.DETECTIONS_PER_IMAGE)
-        for name in self.cfg.DATASETS.TEST:
-            evaluator_kind(self.cfg, name)
-
     def _count_images(self) -> int:
         filter_empty = self.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         tiles = self._tile_dicts()
         return len(tiles or get_detection_dataset_dicts(self.cfg.DATASETS.TRAIN, filter_empty))
 
     def _tile_dicts(self) -> list[dict[str, Any]] | None:
-        """What is trained on, if that is tiles."""
+        """The tiles to train on; None for a training on whole images."""
         cfg, tiles = self.cfg, self.cfg.INPUT.TILES
         if not tiles.ENABLED:
             return None
         return tile_dicts(
-            cfg.DATASETS.TRAIN,
-            tiles.SIZE,
-            tiles.OVERLAP,
-            tiles.MIN_VISIBLE,
-            tiles.EMPTY_RATIO,
-            # Of a negative seed, too, all processes and resumed trainings must have the same.
+            names=cfg.DATASETS.TRAIN,
+            size=tiles.SIZE,
+            overlap=tiles.OVERLAP,
+            min_visible=tiles.MIN_VISIBLE,
+            empty_ratio=tiles.EMPTY_RATIO,
+            # All processes and resumed trainings need the same draw, so a negative seed is fixed.
             seed=max(cfg.SEED, 0),
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         )
 
-    def trainer(self) -> Trainer:
-        """Reads the training images' annotations."""
+    def _images_per_iteration(self) -> int:
+        images: int = self.cfg.SOLVER.IMS_PER_BATCH
+        return images
+
+    def _build_model(self) -> nn.Module:
+        return build_detector(self.cfg)
+
+    def _validate_model(self) -> None:
+        sliced(self.cfg, self.model)
+        if self.cfg.TEST.AUG.ENABLED:
+            check_tta(self.cfg, self.model)
+
+    def _build_optimization(self) -> Optimization:
+        cfg = self.cfg
+        with config_section("SOLVER"):
+            if cfg.SOLVER.FSDP:
+                shard(self.model, fp16_compression=cfg.SOLVER.FP16_COMPRESSION)
+            optimizer = build_optimizer(cfg, self.model)
+            return Optimization(optimizer, build_lr_scheduler(cfg, optimizer))
+
+    def _box_limits(self, split: Split) -> dict[str, int]:
+        return box_limits(self.cfg, split.upper())
+
+    def _train_loader(self, batch_size: int) -> Any:
         cfg = self.cfg.clone()
         cfg.defrost()
-        cfg.SOLVER.IMS_PER_BATCH = self._batch
-
-        def train_loader() -> Any:
-            # With a generator of its own the loader leaves the global one alone when it starts.
-            seed = cfg.SEED if cfg.SEED >= 0 else None
-            return build_detection_train_loader(
-                cfg, mapper=CheckedMapper(cfg, True), dataset=self._tile_dicts(), seed=seed
-            )
-
-        extra: list[HookBase] = []
-        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
-            count = cfg.TEST.PRECISE_BN.NUM_ITER
-            extra.append(hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, train_loader(), count))
-        return Trainer(
-            self.model,
-            self._optimizer,
-            self._lr_scheduler,
-            train_loader(),
-            self.evaluate,
-            self.settings,
-            extra,
+        cfg.SOLVER.IMS_PER_BATCH = batch_size
+        return build_detection_train_loader(
+            cfg,
+            mapper=CheckedMapper(cfg, is_train=True),
+            dataset=self._tile_dicts(),
+            # With a seed of its own the loader starts without touching the global generators.
+            seed=cfg.SEED if cfg.SEED >= 0 else None,
         )
 
-    def evaluate(self, model: nn.Module, final: bool) -> Results:
-        """Detectron2's results, under the names of the datasets if there are several.
+    def _extra_hooks(self, batch_size: int) -> list[HookBase]:
+        precise_bn = self.cfg.TEST.PRECISE_BN
+        if not (precise_bn.ENABLED and get_bn_modules(self.model)):
+            return []
+        return [
+            hooks.PreciseBN(
+                period=self.cfg.TEST.EVAL_PERIOD,
+                model=self.model,
+                data_loader=self._train_loader(batch_size),
+                num_iter=precise_bn.NUM_ITER,
+            )
+        ]
 
-        Args:
-            final: those of TEST.AUG as well, with "_TTA" behind their keys.
+    def evaluate(self, model: nn.Module, final: bool) -> Results:
+        """Evaluate on DATASETS.TEST; the last time with TEST.AUG as well, if it is enabled.
+
+        Returns:
+            Detectron2's results, under the names of the datasets if there are several. The keys of
+            the results with TEST.AUG end in "_TTA".
         """
         results = self._evaluate(model, "inference")
         if final and self.cfg.TEST.AUG.ENABLED:
@@ -207,10 +205,9 @@ class YamlExperiment:
         results: Results = OrderedDict()
         protocol = evaluation_protocol(self.cfg)
         model = sliced(self.cfg, model)
-        for name in self.cfg.DATASETS.TEST:
-            loader = build_detection_test_loader(
-                self.cfg, name, mapper=CheckedMapper(self.cfg, False)
-            )
+        for name in self._dataset_names("test"):
+            mapper = CheckedMapper(self.cfg, is_train=False)
+            loader = build_detection_test_loader(self.cfg, name, mapper=mapper)
             evaluator = build_evaluator(self.cfg, name, folder)
             results[name] = inference_on_dataset(model, loader, evaluator)
             if comm.is_main_process():
@@ -219,15 +216,15 @@ class YamlExperiment:
         return next(iter(results.values())) if len(results) == 1 else results
 
     def test_set(self) -> str | None:
-        """The dataset that was evaluated last."""
-        return self.cfg.DATASETS.TEST[-1] if self.cfg.DATASETS.TEST else None
+        # All test datasets write to the same file, so it has the results of the last one.
+        return next(reversed(self._dataset_names("test")), None)
 
 
 def evaluator_kind(cfg: CfgNode, dataset: str) -> str:
-    """The format of a registered dataset, "coco" or "lvis".
+    """The annotation format of a registered dataset: "coco" or "lvis".
 
     Raises:
-        ConfigError: it is another one, or not one for TEST.PROTOCOL.
+        ConfigError: the format is neither, or TEST.PROTOCOL does not apply to it.
     """
     kind, protocol = MetadataCatalog.get(dataset).get("evaluator_type"), cfg.TEST.PROTOCOL
     if kind not in ("coco", "lvis"):
@@ -244,17 +241,21 @@ def evaluator_kind(cfg: CfgNode, dataset: str) -> str:
 
 
 def build_evaluator(cfg: CfgNode, dataset: str, folder: str) -> DatasetEvaluator:
-    """The evaluator for a registered dataset: Detectron2's, or that of TEST.PROTOCOL.
+    """Build Detectron2's evaluator for a registered dataset, or ours for TEST.PROTOCOL.
 
     Args:
-        folder: for its files, within OUTPUT_DIR.
+        cfg: the config.
+        dataset: its name.
+        folder: where the evaluator writes its files, within OUTPUT_DIR.
 
     Raises:
         ConfigError: see ``evaluator_kind``.
     """
     kind = evaluator_kind(cfg, dataset)
-    path, most = str(Path(cfg.OUTPUT_DIR, folder)), cfg.TEST.DETECTIONS_PER_IMAGE
+    output_dir = str(Path(cfg.OUTPUT_DIR, folder))
     if cfg.TEST.PROTOCOL != "coco":
-        return ProtocolEvaluator(dataset, cfg.TEST.PROTOCOL, path)
+        return ProtocolEvaluator(dataset, protocol=cfg.TEST.PROTOCOL, output_dir=output_dir)
     evaluator = {"coco": COCOEvaluator, "lvis": LVISEvaluator}[kind]
-    return evaluator(dataset, output_dir=path, max_dets_per_image=most)
+    return evaluator(
+        dataset, output_dir=output_dir, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE
+    )

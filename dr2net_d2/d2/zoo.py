@@ -1,4 +1,4 @@
-"""The LazyConfigs that Detectron2 ships."""
+"""The LazyConfigs that are installed with Detectron2."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from detectron2.config import LazyConfig
 
 
 def zoo_config(path: str) -> Any:
-    """What ``model_zoo.get_config`` gives, which needs a setuptools that has pkg_resources.
+    """Like ``model_zoo.get_config``, but without pkg_resources, which new setuptools lack.
 
     Args:
-        path: within Detectron2's configs, such as "common/models/mask_rcnn_vitdet.py".
+        path: path within Detectron2's configs, such as "common/models/mask_rcnn_vitdet.py".
     """
     return LazyConfig.load(str(files("detectron2").joinpath("model_zoo", "configs", path)))

@@ -1,4 +1,4 @@
-"""Skips this folder, visibly, where Detectron2 is missing; keeps tests apart from each other."""
+"""Skips this folder, visibly, if Detectron2 is missing; isolates tests from each other."""
 
 import importlib.util
 import logging
@@ -26,7 +26,7 @@ def dataset_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """More cost more than they give at these sizes."""
+    """At these sizes more threads cost more than they gain."""
     import torch
 
     threads = torch.get_num_threads()
@@ -37,7 +37,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def own_loggers(monkeypatch):
-    """What Detectron2's setup does to loggers ends with the test."""
+    """Undoes after each test what Detectron2's setup does to loggers."""
     for name in ("detectron2", "fvcore", "dr2net_d2"):
         logger = logging.getLogger(name)
         monkeypatch.setattr(logger, "propagate", logger.propagate)
@@ -47,7 +47,7 @@ def own_loggers(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_catalogs(monkeypatch):
-    """What a test registers in Detectron2 is forgotten after it."""
+    """Removes after each test what it has registered in Detectron2."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     for catalog in (DatasetCatalog, MetadataCatalog):

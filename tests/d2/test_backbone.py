@@ -1,4 +1,4 @@
-"""Our backbones against Detectron2's own, with one set of weights, and in its detectors."""
+"""Our backbones against Detectron2's own, with the same weights, and inside its detectors."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_with_one_state_dict_outputs_and_gradients_agree(tmp_path, opts, size, r
 
 
 def test_a_level_of_stride_2_leaves_the_names_and_values_of_the_others(tmp_path):
-    """Detectron2's pyramid has no such level: its weights load, all but those of ours are there."""
+    """Detectron2's pyramid lacks this level: its weights load, all but the new level."""
     patch = ("MODEL.VIT.PATCH_SIZE", 16, "MODEL.VIT.DROP_PATH_RATE", 0.0)
     theirs = backbone(tmp_path, THEIRS, *patch, "MODEL.VIT.SCALE_FACTORS", [4.0, 2.0, 1.0])
     finer = (*patch, "MODEL.VIT.SCALE_FACTORS", [8.0, 4.0, 2.0, 1.0])

@@ -48,7 +48,7 @@ def test_coefficients_come_back_with_the_detector(tmp_path):
 
 
 def zoo_file(folder, model, **changes):
-    """As Detectron2's model zoo has it: NumPy arrays, a name, no coefficients."""
+    """A file as in Detectron2's model zoo: NumPy arrays, an author, no coefficients."""
     state = {key: value.numpy() for key, value in model.state_dict().items()}
     path = Path(folder, "model_final_0a1b2c.pkl")
     path.write_bytes(pickle.dumps({"model": state | changes, "__author__": "Third Party"}))
@@ -78,7 +78,7 @@ def test_a_zoo_file_that_does_not_fit_is_refused_by_key_and_changes_nothing(tmp_
         checkpointer.load(str(tmp_path / "part.pth"))
     assert_same_weights(model, before)
 
-    # The same checkpointer loads the next file.
+    # The same checkpointer can load another file afterwards.
     Dr2NetCheckpointer(zoo, str(tmp_path)).save("whole")
     checkpointer.load(str(tmp_path / "whole.pth"))
     assert_same_weights(model, zoo)
@@ -133,7 +133,7 @@ def test_a_part_of_a_plain_vit_is_refused_unless_allowed(tmp_path, name, caplog)
 
 @pytest.mark.parametrize("wrap", ["backbone.net.", ""])
 def test_coupled_weights_do_not_go_into_a_plain_network(tmp_path, wrap):
-    """It would compute something else, silently."""
+    """A plain network with coupled weights would silently compute something else."""
     saved = detector(tmp_path, OURS, 0)
     saved.backbone.net.coefficients.set(0.5, 0.5)
     state = saved.state_dict() if wrap else saved.backbone.net.state_dict()
@@ -149,7 +149,7 @@ def test_coupled_weights_do_not_go_into_a_plain_network(tmp_path, wrap):
 
 
 def test_a_teacher_of_dinov2_is_a_plain_vit_in_a_detector_of_a_vit_alone(tmp_path):
-    """Both call it backbone."""
+    """Both files name it "backbone"."""
     options = ("MODEL.RPN.IN_FEATURES", "['last_feat']", "MODEL.ROI_HEADS.IN_FEATURES",
                "['last_feat']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[8]]")  # fmt: skip
     model = detector(tmp_path, "build_dr2net_vit_backbone", 1, *options)

@@ -1,4 +1,4 @@
-"""The shipped configs: YAML and LazyConfig mean the same, and each trains, resumes, evaluates."""
+"""The shipped configs: YAML and LazyConfig agree, and each trains, resumes and evaluates."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ def name(path):
 
 
 def plain_attributes(model):
-    """Thresholds, sizes and weights that the modules of a detector keep as Python values."""
+    """The thresholds, sizes and loss weights that a detector's modules keep as Python values."""
 
     def plain(value):
         if isinstance(value, (int, float, str)):
@@ -47,7 +47,7 @@ def plain_attributes(model):
         f"{path}.{key}": plain(value)
         for path, module in model.named_modules()
         for key, value in vars(module).items()
-        # loss_weight has a default of 1 for what it leaves out.
+        # loss_weight may leave out losses, whose weight is then 1.
         if key[0] != "_" and key not in ("lean", "loss_weight", "size_divisibility", "vis_period")
     }
 
@@ -172,11 +172,11 @@ else:
 
 @pytest.fixture
 def reduced(tmp_path):
-    """A shipped config made small enough for a CPU, as a user would derive his own from it."""
+    """Derives a config from a shipped one, as a user would, small enough for a CPU."""
     register_dataset(TRAIN)
     metadata = MetadataCatalog.get(TRAIN)
     if not hasattr(metadata, "class_image_count"):
-        # The federated loss of LVIS weighs classes by their images.
+        # The federated loss of LVIS weights classes by their numbers of images.
         metadata.class_image_count = [{"id": i, "image_count": i + 1} for i in range(10)]
 
     def reduce(path):
@@ -195,7 +195,7 @@ def reduced(tmp_path):
 
 
 def arguments(config, output, *, longer=False, **flags):
-    """Of train_net.py."""
+    """The parsed arguments of train_net.py."""
     if config.suffix == ".py":
         opts = [f"train.output_dir={output}", "train.seed=1", *(["train.max_iter=5"] * longer)]
     else:
@@ -215,7 +215,7 @@ def losses(output):
 def test_a_config_trains_resumes_and_evaluates_with_detectron2(
     path, reduced, tmp_path, monkeypatch
 ):
-    # Half of the time would be theirs, and other tests look at them.
+    # Pictures would take half of the time, and have tests of their own.
     for picture in ("draw_curves", "draw_predictions"):
         monkeypatch.setattr(engine, picture, lambda *_: None)
     config, output = reduced(path), tmp_path / "output"

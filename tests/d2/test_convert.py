@@ -30,7 +30,7 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def trained(folder, alpha, beta):
-    """A detector with the coefficients, and its checkpoint, as a training leaves it."""
+    """A detector with these coefficients, and the checkpoint of a training that ended there."""
     model = detector(folder, OURS, 0)
     model.backbone.net.coefficients.set(alpha, beta)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -64,7 +64,7 @@ def test_a_coupled_detector_keeps_its_coefficients(tmp_path, suffix, caplog):
     extra = content["model"].keys() - detector(tmp_path, THEIRS).state_dict().keys()
     assert extra == {f"backbone.net.blocks.coefficients.{name}" for name in ("alpha", "beta")}
     checkpointers = [Dr2NetCheckpointer]
-    if suffix != ".safetensors":  # which Detectron2 does not read
+    if suffix != ".safetensors":  # Detectron2 does not read that format
         checkpointers.append(DetectionCheckpointer)
     for checkpointer in checkpointers:
         other = detector(tmp_path, OURS, 1)
@@ -105,7 +105,7 @@ def lazy_model(name="mask_rcnn_vitdet.py", **net):
 
 
 def test_an_actual_vitdet_of_detectron2_takes_it_strictly(tmp_path):
-    """Its own LazyConfig, a smaller ViT; nothing of ours is left in it."""
+    """Detectron2's own LazyConfig with a smaller ViT, and with no class of ours in it."""
     words = [w for k, v in SMALL.items() for w in (f"MODEL.VIT.{k.upper()}", str(v))]
     words += ["MODEL.VIT.SQUARE_PAD", "128", "INPUT.MAX_SIZE_TRAIN", "128",
               "INPUT.MAX_SIZE_TEST", "128", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
@@ -126,7 +126,7 @@ def test_an_actual_vitdet_of_detectron2_takes_it_strictly(tmp_path):
 
 
 def cascade_model():
-    """As projects/ViTDet makes it of Detectron2's two models."""
+    """The cascade that Detectron2's projects/ViTDet builds from two of its models."""
     model, cascade = lazy_model(), LazyConfig.load(str(MODELS / "cascade_rcnn.py")).model.roi_heads
     for name in ("box_head", "box_predictor", "proposal_matcher"):
         model.roi_heads.pop(name)

@@ -1,4 +1,4 @@
-"""Datasets in Detectron2's catalogs, and resuming within the stream of training images."""
+"""Datasets in Detectron2's catalogs, and resumption within the stream of training images."""
 
 import json
 from itertools import islice
@@ -150,7 +150,7 @@ LSJ = ("INPUT.LSJ.ENABLED", True, "INPUT.LSJ.IMAGE_SIZE", 96, "MODEL.MASK_ON", T
 
 
 def test_large_scale_jittering_is_that_of_detectron2s_recipe(tmp_path):
-    """The same transforms as those of its LazyConfig, and boxes around what the crop leaves."""
+    """The transforms of its LazyConfig, and boxes around what the crop leaves of the objects."""
     cfg = tiny_cfg(tmp_path, *LSJ)
     register_dataset(cfg.DATASETS.TRAIN[0])
     rows = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])

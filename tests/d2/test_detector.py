@@ -22,15 +22,16 @@ from dr2net_d2.config import LEAN_PARTS
 from dr2net_d2.core.memory import count_saved_bytes
 from dr2net_d2.d2 import detector as lean
 from dr2net_d2.d2 import make_lean
+from dr2net_d2.d2.replacement import Replacement, replace_modules
 from dr2net_d2.d2.yaml_experiment import YamlExperiment
 from dr2net_d2.errors import ConfigError
 from tests.d2.tiny import arguments, batch, tiny_cfg
 
-# As Base-ViTDet.yaml's, with masks.
+# The heads of Base-ViTDet.yaml, with masks.
 HEADS = (
     "MODEL.VIT.DROP_PATH_RATE", 0.0,
     "MODEL.RPN.CONV_DIMS", [-1, -1],
-    # Few for maps of 336 positions, so that the RPN is sparse.
+    # Few samples for maps of 336 positions, so that the RPN is sparse.
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 8,
     "MODEL.ROI_BOX_HEAD.NUM_CONV", 4,
     "MODEL.ROI_BOX_HEAD.NORM", "LN",
@@ -65,7 +66,7 @@ def images(objects=3):
 
 
 def step(model, inputs, precision="float32"):
-    """Losses, gradients and bytes saved for the backward."""
+    """(losses, gradients, bytes saved for the backward)."""
     torch.manual_seed(1)
     with (
         EventStorage(),
@@ -79,7 +80,7 @@ def step(model, inputs, precision="float32"):
 
 
 def distance(gradients, expected):
-    """Largest distance of a gradient relative to its norm."""
+    """The largest relative distance of a gradient from the expected one."""
     assert gradients.keys() == expected.keys()
     return max(
         float((gradients[name] - g).norm() / g.norm().clamp(min=1e-9))
@@ -130,8 +131,7 @@ def test_heads(kind, count, precision, norm):
     arguments |= {"fc_dims": [8, 8]} if kind is FastRCNNConvFCHead else {"num_classes": 2}
     torch.manual_seed(0)
     stock = kind(shape, **arguments)
-    ours = copy.deepcopy(stock)
-    ours.__class__ = lean._lean_class(ours)
+    ours = lean.lean_version(copy.deepcopy(stock))
     results = []
     for head in (stock, ours):
         x = torch.linspace(-1, 1, count * 512).view(count, 32, 4, 4).requires_grad_()
@@ -217,14 +217,14 @@ def test_every_head_of_a_cascade(tmp_path):
     assert distance(lean_gradients, gradients) < 1e-9
 
 
-class OtherHead(FastRCNNConvFCHead):
+class OtherHead(Replacement, FastRCNNConvFCHead):
     pass
 
 
 def test_what_is_changed_and_what_is_not_is_logged(tmp_path, caplog):
     logging.getLogger("dr2net_d2").propagate = True
     model = detector(tmp_path)
-    model.roi_heads.box_head.__class__ = OtherHead
+    model.roi_heads.box_head = OtherHead(model.roi_heads.box_head)
     model.roi_heads.mask_head[0].norm = nn.BatchNorm2d(16)
     with caplog.at_level(logging.INFO):
         assert make_lean(model, ["rpn", "roi"]) is model
@@ -232,6 +232,24 @@ def test_what_is_changed_and_what_is_not_is_logged(tmp_path, caplog):
     assert "of another kind: roi_heads.box_head (OtherHead), roi_heads.mask_head" in caplog.text
     assert type(model.roi_heads.box_head) is OtherHead
     assert not model.backbone.lean
+
+
+def test_a_replacement_continues_the_module_under_all_of_its_names():
+    head = FastRCNNConvFCHead(ShapeSpec(channels=2, height=1, width=1), conv_dims=[], fc_dims=[2])
+    model = nn.ModuleDict({"heads": nn.ModuleList([head]), "other": nn.Identity(), "same": head})
+    model.eval()
+    calls = []
+    head.register_forward_hook(lambda module, *_: calls.append(module))
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    before = torch.get_rng_state()
+    replace_modules(model, {head: OtherHead(head)})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert list(model) == ["heads", "other", "same"] and list(model.state_dict()) == names
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+    assert model["heads"][0] is model["same"] and type(model["same"]) is OtherHead
+    assert not model["same"].training
+    model["same"](torch.ones(1, 2, 1, 1))
+    assert calls == [model["same"]]
 
 
 def test_an_unknown_part_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""``run``: what it writes, what it returns, how it resumes, and what it refuses before writing."""
+"""``run``: what it writes and returns, how it resumes, and what it refuses before writing."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ RESULTS = Path("output", "inference", "coco_instances_results.json")
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory):
-    """(folder, results) of a whole training of the tiny config."""
+    """(folder, results) of a complete training of the tiny config."""
     folder = tmp_path_factory.mktemp("training")
     return folder, run(arguments(folder))
 
@@ -33,7 +33,7 @@ def weights(folder, name="model_final.pth"):
 
 
 def metrics(folder):
-    """Scalars by iteration, of the lines that training wrote."""
+    """The rows of metrics.json with losses, by iteration."""
     lines = (folder / "output" / "metrics.json").read_text().splitlines()
     return {row["iteration"]: row for row in map(json.loads, lines) if "total_loss" in row}
 
@@ -97,7 +97,7 @@ def cut_off_at(monkeypatch, iteration):
 def test_a_resumed_training_ends_with_the_same_weights(
     training, tmp_path, monkeypatch, eval_period
 ):
-    """Cut off two iterations after the checkpoint, with other evaluations in between."""
+    """Interrupted two iterations after the checkpoint, with other evaluations in between."""
     opts = ("TEST.EVAL_PERIOD", eval_period)
     with monkeypatch.context() as patch, pytest.raises(_CutOff):
         cut_off_at(patch, 6)
@@ -284,7 +284,7 @@ def test_a_lazy_config_is_warned_by_what_its_model_has(tmp_path, caplog):
     logging.getLogger("dr2net_d2").propagate = True
     with caplog.at_level(logging.WARNING):
         LazyExperiment(args).warn()
-    # A logger that other tests have cut off from its parents has the handler of caplog itself, too.
+    # A logger that other tests have detached from its parents also has caplog's handler itself.
     found = list(dict.fromkeys(record.getMessage() for record in caplog.records))
     assert len(found) == 2
     assert " objects, but model.proposal_generator.pre_nms_topk is 2; " in found[0]

@@ -1,4 +1,4 @@
-"""Boxes by TEST.PROTOCOL: Detectron2's own evaluator, or ours in its place."""
+"""TEST.PROTOCOL selects Detectron2's own evaluator, or ours in its place."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def json_file():
 
 
 def detections(row, generator):
-    """Each object found well, roughly and badly, sometimes mistaken; and 40 false alarms each."""
+    """For each object, a good, a rough and a poor box, some mislabelled, and 40 false positives."""
     truth = torch.tensor([annotation["bbox"] for annotation in row["annotations"]])
     truth[:, 2:] += truth[:, :2]
     classes = torch.tensor([annotation["category_id"] for annotation in row["annotations"]])
@@ -50,7 +50,7 @@ def detections(row, generator):
 
 
 def evaluate(evaluator, rows):
-    """The same detections for the same rows, whatever evaluates them."""
+    """Evaluates detections that depend on the rows alone, not on the evaluator."""
     evaluator.reset()
     generator = torch.Generator().manual_seed(0)
     for row in rows:
@@ -100,7 +100,7 @@ def test_the_protocols_evaluate_what_detectron2_writes(name, json_file, tmp_path
 
 def test_the_detections_of_all_processes_count(json_file, monkeypatch):
     rows = DatasetCatalog.get(NAME)
-    # As a LazyConfig has it.
+    # Built as in a LazyConfig.
     lazy = L(ProtocolEvaluator)(dataset_name=NAME, protocol="aitod", output_dir=None)
     whole = evaluate(instantiate(lazy), rows)
     generator = torch.Generator().manual_seed(0)

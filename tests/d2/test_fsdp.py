@@ -1,4 +1,4 @@
-"""Fully sharded training on two processes, against the same training in one."""
+"""Fully sharded training in two processes, against the same training in one."""
 
 import json
 import math
@@ -28,7 +28,7 @@ FIVE = ("DATASETS.TEST", ("small_digits_val_n5_s64_d3",))  # 3 for one process, 
 TESTED = (*FIVE, "TEST.EVAL_PERIOD", 2, "TEST.BEST_CHECKPOINT", "bbox/AP")
 HALFWAY = ("SOLVER.CHECKPOINT_PERIOD", 2)
 CLIPPED = (
-    "SOLVER.OPTIMIZER", "SGD",  # unlike AdamW it feels the length of a gradient
+    "SOLVER.OPTIMIZER", "SGD",  # unlike AdamW, it depends on the scale of the gradients
     "SOLVER.BASE_LR", 0.05,
     "SOLVER.CLIP_GRADIENTS.ENABLED", True,
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model",
@@ -48,7 +48,7 @@ def train_swin(folder, *opts):
 
 
 def half_trained(folder, source):
-    """A folder as it was when ``source`` had gone half the way."""
+    """A folder in the state of ``source`` when half of its training was done."""
     (folder / "output").mkdir(parents=True)
     shutil.copy(source / "output" / HALF, folder / "output")
     (folder / "output" / "last_checkpoint").write_text(HALF)
@@ -56,7 +56,7 @@ def half_trained(folder, source):
 
 
 def local_bytes(tensors):
-    """(of this process, of all of them, whether all are sharded)."""
+    """(bytes in this process, bytes in all of them, whether all tensors are sharded)."""
     tensors = [*tensors]
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     own, whole = (sum(tensor.nbytes for tensor in each) for each in (local, tensors))
@@ -64,7 +64,7 @@ def local_bytes(tensors):
 
 
 def after_one_iteration(folder):
-    """What this process holds then; and what it says of damage in the second one's shards."""
+    """The bytes that this process holds, and its messages for damage to the other's shards."""
     (folder / "output").mkdir(parents=True, exist_ok=True)
     args = arguments(folder, *DEFINITE, *SHARDED, "SOLVER.MAX_ITER", 1)
     trainer = YamlExperiment(args).trainer()
@@ -99,7 +99,7 @@ def damaged(model, folder):
 
 
 def scaled_steps():
-    """The loss scale and weight after a step with, and one without, an overflow of one shard."""
+    """Loss scale and weight after a step with an overflow in one shard, then after one without."""
     model = nn.Linear(4, 4, bias=False)
     nn.init.ones_(model.weight)
     shard(model)
@@ -118,7 +118,7 @@ def scaled_steps():
 
 
 def lazily(folder):
-    """Whether a LazyConfig's parameters, and those that its optimizer has, are sharded."""
+    """Whether the parameters of a LazyConfig's model, and of its optimizer, are sharded."""
     opts = ("train.fsdp=True", "model.roi_heads.box_head.fc_dims=[16]")
     experiment = LazyExperiment(lazy.arguments(folder, lazy.READY, *opts, weights=""))
     groups = experiment.trainer().optimizer.param_groups
@@ -144,7 +144,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(one, tmp_path_factory):
-    """(folder with those of sharded trainings, what the scenarios gave to each process)."""
+    """(the parent of the folders of sharded trainings, each process's results by scenario)."""
     base = tmp_path_factory.mktemp("two")
     trainings = {
         "clipped": FIVE,
@@ -170,7 +170,7 @@ def two(one, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """A training that Detectron2's ``launch`` started, and its results."""
+    """The folder and the results of a training started by Detectron2's ``launch``."""
     folder = tmp_path_factory.mktemp("launched")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 2)

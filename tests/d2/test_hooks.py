@@ -1,5 +1,6 @@
-"""When the hooks act, and with what values, in a training loop of Detectron2 without a detector."""
+"""When hooks act, and with which values, in training loops of Detectron2 without a detector."""
 
+import contextlib
 import itertools
 import math
 import random
@@ -13,10 +14,11 @@ from torch import nn
 
 from dr2net_d2.core import Coefficients, CoefficientSchedule, ReversibleSequence
 from dr2net_d2.d2 import CoefficientHook, NonFiniteGuard, SeedIterations
+from dr2net_d2.d2.hooks import EvalUnlessFailed
 
 
 class Loop(TrainerBase):
-    """Runs hooks alone, and notes what ``watch`` gives in every iteration."""
+    """Runs only hooks, and records what ``watch`` returns in every iteration."""
 
     def __init__(self, *hooks: HookBase, model=None, watch=lambda: None):
         super().__init__()
@@ -126,7 +128,7 @@ def test_the_draws_of_an_iteration_depend_on_its_number_and_rank_alone():
 
 
 class Regression(nn.Module):
-    """Returns a dict of losses; ``weights`` has those of every iteration."""
+    """Returns a dict of losses; ``weights`` has its weight in every iteration."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +147,7 @@ class Regression(nn.Module):
 
 
 class Outer(TrainerBase):
-    """Leaves the iteration to another trainer, as ``DefaultTrainer`` does."""
+    """Delegates the iteration to another trainer, as ``DefaultTrainer`` does."""
 
     def __init__(self, trainer):
         super().__init__()
@@ -158,7 +160,7 @@ class Outer(TrainerBase):
 
 
 def trainer(kind, nested, **kwargs):
-    """A training of a ``Regression`` with the guard."""
+    """A trainer of a ``Regression`` with a NonFiniteGuard."""
     model = Regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batches = torch.randn(100, 5, 3, generator=torch.Generator().manual_seed(0))
@@ -183,12 +185,12 @@ def test_a_loss_that_is_not_finite_ends_any_training():
     loop.model.linear.bias.data.fill_(math.inf)
     with pytest.raises(FloatingPointError, match=r"^the loss is not finite \(loss inf\)"):
         loop.train(0, 6)
-    loop.model(torch.ones(1, 3))  # the check has gone with the training
+    loop.model(torch.ones(1, 3))  # the check ends with the training
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_steps_that_a_scaler_skips_are_counted(nested, monkeypatch, caplog):
-    # AMPTrainer insists on a GPU, and works without.
+    # AMPTrainer insists on a GPU, though it works without one.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     loop = trainer(AMPTrainer, nested, grad_scaler=scaler)
@@ -209,3 +211,17 @@ def test_steps_that_a_scaler_skips_are_counted(nested, monkeypatch, caplog):
     resumed.train(8, 9)
     assert resumed.storage.latest()["amp/skipped_steps"] == (3, 8)
     assert "Cannot find the hook" not in caplog.text
+
+
+@pytest.mark.parametrize(("failing", "evaluated"), [(None, [1, 4]), (3, [1]), (0, [])])
+def test_a_training_that_fails_in_its_last_iteration_is_not_evaluated(failing, evaluated):
+    seen = []
+
+    def watch():
+        if loop.iter == failing:
+            raise ZeroDivisionError
+
+    loop = Loop(EvalUnlessFailed(2, lambda: seen.append(loop.iter)), watch=watch)
+    with contextlib.suppress(ZeroDivisionError):
+        loop.train(0, 4)
+    assert seen == evaluated

@@ -1,4 +1,4 @@
-"""LazyConfigs: Detectron2's own with two words changed, and mistakes in one's own."""
+"""LazyConfigs: Detectron2's own with two words changed, and mistakes in one's own config."""
 
 import argparse
 import logging
@@ -20,7 +20,7 @@ CONFIG = Path(__file__).parents[2] / "configs/COCO-InstanceSegmentation/mask_rcn
 
 
 def small_backbone(**changes):
-    """Detectron2's own ViTDet backbone, small."""
+    """The config of Detectron2's own ViTDet backbone, made small."""
     backbone = zoo_config("common/models/mask_rcnn_vitdet.py").model.backbone
     backbone.square_pad = 64
     backbone.net.update(
@@ -86,7 +86,7 @@ def test_stock_models_of_a_config_are_not_cut_at_their_square(tmp_path):
 
 
 def arguments(folder, source, *opts, weights=__file__, **flags):
-    """Of train_net.py for a config with some source, and any file for weights."""
+    """The arguments of train_net.py for a config with this source, and any file as weights."""
     path = folder / "own.py"
     path.write_text(source)
     opts = ["train.device=cpu", f"train.output_dir={folder / 'output'}", *opts]
@@ -162,7 +162,7 @@ TILES = """
 from detectron2.config import LazyCall as L
 from dr2net_d2.d2.data import tile_dicts
 from dr2net_d2.data.tiling import Grid
-from dr2net_d2.slicing import Slicing
+from dr2net_d2.data.slicing import Slicing
 
 large = "small_digits_val_n1_s128_d6"
 dataloader.train.dataset = L(tile_dicts)(names=large, size=64, min_visible=0.5)

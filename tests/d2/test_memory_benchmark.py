@@ -1,4 +1,4 @@
-"""projects/memory_benchmark: its arms are what they say; an interrupted run goes on."""
+"""projects/memory_benchmark: its arms are what their names say; interrupted runs resume."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def work(scripts):
 
 
 def inputs_of(arms, work):
-    """Its classes are COCO's 80; the tiny detector has 10."""
+    """The benchmark's config has COCO's 80 classes; the tiny detector has 10."""
     inputs, gradient = arms.make_inputs(work, 32, CPU)
     for image in inputs:
         image["instances"].gt_classes %= 10
@@ -45,7 +45,7 @@ def test_arms_have_the_same_weights_and_the_same_loss(scripts, cfg, work):
     ]
     assert all(one == weights[0] for one in weights)
     for network in networks.values():
-        # At the zeros that they start with a wrong relative position would not show.
+        # Relative positions start at zero, where a wrong one would not show.
         torch.manual_seed(1)
         for name, parameter in network.module.named_parameters():
             if "rel_pos" in name:
@@ -138,14 +138,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(scripts, cfg, work, tmp_pat
     setting = {"device": "none"}
     with pytest.raises(KeyboardInterrupt):
         measure.Bench(store.Results(path, setting), chosen, CPU, rounds=3).run([work])
-    # Both in turn, and the second turn broken off in the last arm.
+    # Two rounds of both arms, the second one interrupted in its last arm.
     assert calls == ["stock", "frozen", "stock", "frozen"]
 
     calls.clear()
     stop_at = 0
     bench = measure.Bench(store.Results(path, setting), chosen, CPU, rounds=3)
     bench.run([work])
-    # Each is warmed up first.
+    # Each arm is warmed up first.
     assert calls == ["frozen", "frozen", "stock", "stock", "frozen"]
     rows = {row["arm"]: row for row in store.Results(path).rows}
     assert [store.turns(rows[arm]) for arm in chosen] == [3, 0, 3]

@@ -91,7 +91,7 @@ def test_the_other_engines_schedule_is_detectron2s(tmp_path, opts):
     [
         ("value", [3.0, 3.0, 3.0]),
         ("norm", [3.0, 3.0, 3.0]),
-        # The norm of all of them is 13.
+        # The norm of all gradients together is 13.
         ("full_model", [9 / 13, 12 / 13, 36 / 13]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Defects of Detectron2 and its ViTDet; each test shows that ours has it not."""
+"""Defects of Detectron2 and its ViTDet; each test shows that ours does not have it."""
 
 import pickle
 import sys
@@ -22,7 +22,7 @@ BOTH = pytest.mark.parametrize("name", [OURS, THEIRS])
 
 
 def padded(folder, name, square, sizes):
-    """(height, width) to which a detector pads images of these sizes."""
+    """The (height, width) to which a detector pads a batch of images of these sizes."""
     opts = ("MODEL.BACKBONE.NAME", name, "MODEL.VIT.SQUARE_PAD", square)
     images = build_model(tiny_cfg(folder, *opts)).preprocess_image(batch(*sizes))
     assert images.image_sizes == sizes
@@ -31,7 +31,7 @@ def padded(folder, name, square, sizes):
 
 @BOTH
 def test_vitdet_size_divisibility_is_spelled_right_and_heeded(tmp_path, name):
-    """Its pyramid asks for ``size_divisiblity``, which nobody reads."""
+    """Detectron2's pyramid asks for ``size_divisiblity``, which nothing reads."""
     backbone = build_backbone(tiny_cfg(tmp_path, "MODEL.BACKBONE.NAME", name))
     assert backbone.padding_constraints == {"size_divisibility": 8}
     assert padded(tmp_path, name, 0, [(33, 50), (20, 61)]) == (40, 64)
@@ -60,7 +60,7 @@ def test_vitdet_a_square_below_the_largest_image_is_refused(tmp_path, key):
 
 @BOTH
 def test_vitdet_from_yaml_in_a_default_predictor(tmp_path, name):
-    """Its configs are LazyConfig alone; SAHI and the demo want a YAML file and this class."""
+    """ViTDet's configs are LazyConfigs only; SAHI and the demo need YAML and this class."""
     cfg = get_cfg()
     add_dr2net_config(cfg)
     cfg.merge_from_file(write_yaml(tmp_path))
@@ -91,7 +91,7 @@ def test_vitdet_keeps_the_activations_of_all_blocks(tmp_path):
 
 
 class Card:
-    """The memory of a CUDA device, as torch tells it."""
+    """A CUDA device's memory counters, as torch reports them."""
 
     def __init__(self, monkeypatch):
         self.peak = 0
@@ -124,7 +124,7 @@ def test_torch_memory_stats_resets_the_peak_and_ours_never_falls(monkeypatch):
 
 
 def test_suffix_matching_a_shape_mismatch_is_an_error_not_a_warning(tmp_path):
-    """Detectron2 skips the weight."""
+    """Detectron2 skips such a weight."""
     model = build_model(tiny_cfg(tmp_path, "MODEL.BACKBONE.NAME", OURS))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     weights = {key: value.numpy() for key, value in model.backbone.net.state_dict().items()}

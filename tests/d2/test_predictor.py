@@ -38,7 +38,7 @@ VIT_ALONE = (
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A checkpoint of the tiny detector in RGB order at beta 1/2, and the detector."""
+    """Overrides for a checkpoint of the tiny detector, in RGB and at beta 1/2; and the detector."""
     folder = tmp_path_factory.mktemp("trained")
     model = save_detector(folder / "model.pth")
     return ("MODEL.WEIGHTS", folder / "model.pth", "INPUT.FORMAT", "RGB"), model
@@ -46,13 +46,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def canvas():
-    """A BGR image of 96 x 160 px."""
+    """A BGR image, 96 x 160 pixels."""
     json_file, images = resolve_dataset("small_digits_val_n1_s96x160_d6")
     return cv2.imread(load_coco(json_file, images).records[0].file_name)
 
 
 def by_hand(model, image):
-    """The instances of a model that takes RGB in a BGR image of a size that it takes as it is."""
+    """What an RGB model detects in a BGR image that needs no resizing."""
     pixels = torch.as_tensor(image[..., ::-1].transpose(2, 0, 1).copy())
     height, width = image.shape[:2]
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_predictors_use_the_weights_their_coefficients_and_the_channel_order(
     predictor = predictor_class(tiny_cfg(tmp_path, *opts))
     assert predictor.model.backbone.net.coefficients.values == (0.5, 0.5)
     assert_same(predictor(image)["instances"], by_hand(model, image))
-    # Larger images are resized to INPUT.MAX_SIZE_TEST, and boxes are in px of the image given.
+    # Larger images are resized to INPUT.MAX_SIZE_TEST; boxes are in pixels of the original image.
     large = predictor(canvas)["instances"]
     assert large.image_size == canvas.shape[:2]
     assert large.pred_boxes.tensor[:, 2].max() > 100
@@ -93,7 +93,9 @@ def test_our_predictor_knows_its_categories_and_gives_arrays(trained, tmp_path, 
     np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor, rtol=1e-5, atol=1e-3)
     assert (found.labels == expected.pred_classes.numpy()).all() and found.masks is None
     coco = tiny_cfg(tmp_path, *opts, "DATASETS.TEST", ["coco_2017_val"])
-    assert Predictor(coco).class_names == tuple("0123456789")  # of TRAIN: COCO has 80
+    assert Predictor(coco).class_names == tuple(
+        "0123456789"
+    )  # those of DATASETS.TRAIN: COCO has 80
 
 
 def test_our_predictor_gives_masks(tmp_path, canvas):
@@ -119,8 +121,8 @@ def test_our_predictor_refuses_what_is_no_whole_detector(trained, tmp_path):
 
 
 def lazy_model(vit=None, square=64, masks=True):
-    """Detectron2's own LazyConfig of Mask R-CNN with ViTDet, made small, in evaluation mode."""
-    # Where ``model_zoo.get_config`` finds it; that imports pkg_resources, which setuptools dropped.
+    """Mask R-CNN of Detectron2's own ViTDet LazyConfig, made small, in evaluation mode."""
+    # Read by path: ``model_zoo.get_config`` imports pkg_resources, which setuptools has dropped.
     configs = Path(detectron2.__file__).parent / "model_zoo" / "configs"
     config = LazyConfig.load(str(configs / "common/models/mask_rcnn_vitdet.py")).model
     net = config.backbone.net
@@ -156,7 +158,7 @@ def test_a_lazyconfig_model_predicts_with_our_vit_as_with_the_stock_one(size):
 
 
 def far_gradients(model, size):
-    """Of detections and of losses, each with respect to the last pixel of an image alone."""
+    """Gradients of the scores and of the losses with respect to the last pixel of an image."""
     gradients = []
     for training in (False, True):
         model.train(training)
@@ -178,18 +180,18 @@ def test_an_image_beyond_the_square_counts_to_its_last_pixel(tmp_path, name, siz
     torch.manual_seed(0)
     model = build_model(tiny_cfg(tmp_path, *opts, "MODEL.DR2NET.LEAN", []))
     assert min(far_gradients(model, size)) > 0
-    # Two at once, of which each is the larger one on one side.
+    # Two images in one batch, one higher and one wider than the other.
     assert model.preprocess_image(batch((60, 150), (70, 20))).tensor.shape[-2:] == (128, 192)
 
 
 @pytest.mark.parametrize("vit", [None, Dr2NetBackbone])
-def test_detectron2s_own_pyramid_cuts_images_until_it_is_told_otherwise(vit):
+def test_detectron2s_own_pyramid_crops_images_until_without_cropping(vit):
     size = (60, 150)
     assert far_gradients(lazy_model(vit, masks=False), size) == [0, 0]
     model = without_cropping(lazy_model(vit, masks=False))
     assert min(far_gradients(model, size)) > 0
     assert model.preprocess_image(batch(size)).tensor.shape[-2:] == (64, 192)
-    # What is not beyond the square is padded as before, and without a square to whole strides.
+    # Images within the square are padded as before; without a square, to whole strides.
     assert model.preprocess_image(batch((30, 64))).tensor.shape[-2:] == (64, 64)
     model = without_cropping(lazy_model(vit, square=0))
     assert isinstance(model.backbone, stock.SimpleFeaturePyramid)
@@ -216,7 +218,7 @@ def test_augmentation_that_changes_nothing_gives_the_same_detections(trained, tm
 
 
 def test_augmentation_beyond_the_square_after_training(tmp_path):
-    """Sizes of 64 and 96 px, each flipped, where the square has 64 px."""
+    """Augmented sizes of 64 and 96 pixels, each also flipped; the square has 64."""
     opts = (*AUGMENTED, "TEST.AUG.MIN_SIZES", (64, 96), "TEST.AUG.MAX_SIZE", 200)
     results = run(arguments(tmp_path, *opts, "TEST.EVAL_PERIOD", 1))
     assert list(results) == ["bbox", "bbox_TTA"]

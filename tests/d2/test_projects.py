@@ -1,4 +1,4 @@
-"""The projects' configs: on their datasets' original layout, from a COCO detector's weights."""
+"""The projects' configs, on the original layout of their datasets, from a COCO detector."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ def test_a_project_finetunes_a_coco_detector_and_is_evaluated(path, tmp_path, mo
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     write_datasets(path.parts[-3], tmp_path)
 
-    # As Detectron2's zoo has it: stock, with masks, 80 classes.
+    # A detector as in Detectron2's model zoo: stock, with masks, 80 classes.
     (tmp_path / "coco").mkdir()
     words = ["MODEL.BACKBONE.NAME", "build_vitdet_backbone"]
     cfg = load_config(str(small_config(COCO, tmp_path / "coco")), words, "detectron2")

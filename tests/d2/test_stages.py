@@ -1,4 +1,4 @@
-"""Swin and MViTv2 with reversible stages against Detectron2's own, with one set of weights."""
+"""Swin and MViTv2 with reversible stages against Detectron2's own, with the same weights."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ SWIN = {
     "embed_dim": 8, "depths": (2, 1, 3), "num_heads": (1, 2, 4), "window_size": 4,
     "drop_path_rate": 0.0, "out_indices": (0, 1, 2),
 }  # fmt: skip
-# The last stage has nothing but the block that pools.
+# The last stage consists of the block that pools.
 MVIT = {
     "img_size": 64, "embed_dim": 8, "depth": 6, "last_block_indexes": (1, 4, 5),
     "adaptive_window_size": 8, "rel_pos_zero_init": False,
@@ -42,7 +42,7 @@ BOTH = ["swin", "mvit"]
 
 
 def pair(name, **options):
-    """(Detectron2's network, ours), with the same random weights."""
+    """(Detectron2's network, ours) with the same random weights."""
     stock, converted, arguments = NETWORKS[name]
     torch.manual_seed(0)
     theirs = stock(**arguments)
@@ -67,7 +67,7 @@ def loss_of(features):
 
 
 def run(network, images, seed=3):
-    """(features, {name: gradient}, the images' own as "x")."""
+    """(features, {parameter name: gradient}); "x" is the gradient of the images."""
     torch.manual_seed(seed)
     network.zero_grad()
     images = images.clone().requires_grad_()
@@ -94,7 +94,7 @@ def test_names_of_parameters_and_the_state_dict_are_detectron2s(name):
     assert all(map(torch.equal, theirs.parameters(), ours.parameters()))
 
 
-# Windows are 4 and 8 tokens of 4 px: (32, 32) has whole ones, the others need padding.
+# Windows have 4 or 8 tokens of 4 pixels: (32, 32) consists of whole ones, others need padding.
 @pytest.mark.parametrize("size", [(32, 32), (72, 104), (42, 53)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_at_1_0_outputs_and_gradients_are_detectron2s(name, size):
@@ -198,14 +198,14 @@ BASE = {
         ("swin", False, 5023, 506, 252),
         ("mvit", False, 5953, 237, 166),
         ("swin", True, 3137, 267, 197),
-        # Streams in half precision, a checkpoint for each of few blocks: no gain beyond that.
+        # Checkpoints keep streams in half precision: with few blocks, ours gain nothing on them.
         ("mvit", True, 3099, 118, 136),
     ],
 )
 def test_megabytes_that_a_1024_px_image_keeps_for_the_backward(
     name, autocast, stock, checkpointed, reversible
 ):
-    """In float32 or bf16, ours at beta 1/2; Detectron2's also with checkpoints around blocks."""
+    """In float32 and bf16; ours at beta 1/2, Detectron2's also with a checkpoint per block."""
     found = []
     for arm in ("stock", "checkpointed", "reversible"):
         with parameters_on_meta():

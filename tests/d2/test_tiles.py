@@ -1,4 +1,4 @@
-"""Tiles in Detectron2: dataset dicts, the mapper, sliced evaluation, SAHI beside it."""
+"""Tiles in Detectron2: dataset dicts, the mapper, sliced evaluation, and a comparison to SAHI."""
 
 import copy
 import json
@@ -30,19 +30,19 @@ LARGE = "small_digits_train_n2_s128x160_d8"
 
 
 def decoded(segmentation):
-    """Polygons in an image of 128 x 160 px."""
+    """The mask of polygons in an image of 128 x 160 pixels."""
     return mask_util.decode(mask_util.merge(mask_util.frPyObjects(segmentation, 128, 160)))
 
 
-def test_a_tile_is_its_pixels_boxes_and_masks(tmp_path):
-    """Against slices of the image and of the decoded masks."""
+def test_a_tile_has_the_pixels_boxes_and_masks_of_its_part_of_the_image(tmp_path):
+    """Compared to slices of the image and of the decoded masks."""
     register_dataset(LARGE)
     cfg = tiny_cfg(
         tmp_path, *TILES, "MODEL.MASK_ON", True, "INPUT.MASK_FORMAT", "bitmask",
         "INPUT.MIN_SIZE_TRAIN", [0], "INPUT.RANDOM_FLIP", "none", "MODEL.PIXEL_MEAN", [9.6, 20, 30],
     )  # fmt: skip
     mapper = CheckedMapper(cfg, True)
-    tiles = tile_dicts(LARGE, 64, 0.25, 0.4, 1.0)
+    tiles = tile_dicts(LARGE, size=64, overlap=0.25, min_visible=0.4, empty_ratio=1.0)
     originals = {row["file_name"]: row for row in DatasetCatalog.get(LARGE)}
     compared = painted = 0
     for row in tiles:
@@ -66,7 +66,7 @@ def test_a_tile_is_its_pixels_boxes_and_masks(tmp_path):
                     (left, top), (right, bottom) = near.astype(int), far.astype(int)
                     expected[top - y0 : bottom - y0, left - x0 : right - x0] = (10, 20, 30)
         own = [masks[index] for index in shown]
-        for index in shown:  # what belongs to a shown object is not painted
+        for index in shown:  # no pixel in the box of a shown object is painted
             x, y, w, h = map(int, truth[index]["bbox"])
             part = np.s_[max(y - y0, 0) : max(y + h - y0, 0), max(x - x0, 0) : max(x + w - x0, 0)]
             expected[part] = cv2.imread(row["file_name"])[y0:y1, x0:x1][part]
@@ -131,7 +131,7 @@ def test_a_loader_of_tiles_continues_where_it_was_cut_off(tmp_path):
 
 
 def test_a_training_on_tiles_with_sliced_evaluations(tmp_path):
-    """Epochs are counted in tiles; results lie all over the image."""
+    """Epochs are counted in tiles, and detections lie all over the image."""
     opts = (*TILES, *SLICES, "DATASETS.TRAIN", [LARGE], "DATASETS.TEST", [LARGE])
     schedule = ("MODEL.DR2NET.SCHEDULE.UNIT", "epochs", "MODEL.DR2NET.SCHEDULE.DURATION", 0.1)
     args = arguments(tmp_path, *opts, *schedule, "SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 0)
@@ -151,7 +151,7 @@ def tile_dicts_of_large():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The overrides that lead to a detector at beta 1/2, and the detector."""
+    """Overrides for the checkpoint of a detector at beta 1/2, and the detector."""
     folder = tmp_path_factory.mktemp("trained")
     model = save_detector(folder / "model.pth")
     return ("MODEL.WEIGHTS", folder / "model.pth"), model
@@ -164,7 +164,7 @@ def canvas():
 
 
 def by_hand(model, image, tile):
-    """What the detector finds in one tile of its own size, moved to its place."""
+    """The detections in one tile, without resizing, in pixels of the whole image."""
     x0, y0, x1, y1 = tile
     pixels = torch.as_tensor(image[y0:y1, x0:x1].transpose(2, 0, 1).copy())
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_without_merging_it_is_the_detector_on_each_tile(trained, tmp_path, canv
 
 
 def test_sahis_own_suppression_gives_the_same(trained, tmp_path, canvas, monkeypatch):
-    """Where a border drops nothing; SAHI's tiles, whole image and NMS."""
+    """If borders drop nothing: SAHI's tiles, its whole image and its NMS."""
     opts, _ = trained
     monkeypatch.setattr(tiling, "BORDER", -1e9)
     many = ("TEST.DETECTIONS_PER_IMAGE", 1000)
@@ -213,7 +213,7 @@ def test_sahis_own_suppression_gives_the_same(trained, tmp_path, canvas, monkeyp
     ours = sliced.detect(canvas)
     found = {row_at_a_pixel(*pair) for pair in zip(ours.boxes, ours.labels, strict=True)}
     assert len(found) > 300
-    # Scores of an untrained detector are nearly equal, so that rounding decides on some.
+    # The scores of an untrained detector are nearly equal, so rounding decides about some.
     assert len(found & theirs) > 0.9 * max(len(found), len(theirs))
 
 
@@ -241,10 +241,13 @@ def test_the_sliced_detector_keeps_the_mode_of_its_model(tmp_path, trained):
             r"DATALOADER.SAMPLER_TRAIN, which is WeightedTrainingSampler",
         ),
         ((*SLICES, "TEST.TILES.SIZE", 0), r"TEST.TILES: SIZE is 0"),
-        ((*SLICES, "TEST.AUG.ENABLED", True), r"TEST.TILES.ENABLED does not go with TEST.AUG"),
+        (
+            (*SLICES, "TEST.AUG.ENABLED", True),
+            r"TEST.TILES.ENABLED and TEST.AUG.ENABLED are both True",
+        ),
     ],
 )
-def test_tiles_that_cannot_be_are_config_errors(tmp_path, opts, message):
+def test_impossible_tiles_are_config_errors(tmp_path, opts, message):
     with pytest.raises(ConfigError, match=message):
         check_tiles(tiny_cfg(tmp_path, *opts))
 

@@ -21,7 +21,7 @@ from tests.d2.tiny import arguments
 
 ROOT = Path(__file__).parents[2]
 
-# Nothing is drawn at random: every anchor and every proposal is taken, as many in each image.
+# Nothing is random: all anchors and proposals are sampled, equally many in each image.
 DEFINITE = (
     "MODEL.VIT.DROP_PATH_RATE", 0.0,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 4096,
@@ -37,7 +37,7 @@ DEFINITE = (
 
 
 def scalars(folder):
-    """The lines of metrics.json that a training wrote, without times."""
+    """The rows of metrics.json with losses, by iteration."""
     lines = (folder / "output" / "metrics.json").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "total_loss" in row]
     return {row["iteration"]: row for row in rows}
@@ -53,13 +53,13 @@ def assert_same_training(folder, other):
         assert other_loss[key] == pytest.approx(loss[key], rel=1e-4), key
     expected = weights(folder)
     for key, tensor in weights(other).items():
-        if "stream_range" not in key:  # of the images that the first process has seen
+        if "stream_range" not in key:  # depends on the images of the first process
             torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A training in one process, all images of an iteration at once."""
+    """The folder of a training in one process, with all images of an iteration at once."""
     folder = tmp_path_factory.mktemp("whole")
     run(arguments(folder, *DEFINITE))
     return folder
@@ -79,7 +79,7 @@ def test_two_processes_of_launch_are_the_same_training(whole, tmp_path, monkeypa
 
 
 def command(folder, *opts, resume=False):
-    """Words of train_net.py for the tiny config."""
+    """The command line of train_net.py for the tiny config."""
     args = arguments(folder, *opts)
     flags = ["--resume"] if resume else []
     script = [str(ROOT / "train_net.py"), "--engine", "detectron2", *flags]
@@ -107,7 +107,7 @@ def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
     process = subprocess.Popen(
         [sys.executable, *command(killed)],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # sums in the order of this process
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # sums in this process's order
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (killed / "output" / "model_0000003.pth").exists():
@@ -123,7 +123,7 @@ def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
 
 
 class Mean(nn.Module):
-    """The loss is that the weight is not the mean of the batch; ``seen`` has dtypes of products."""
+    """Regresses the weight to the mean of the batch; ``seen`` has the dtypes of products."""
 
     def __init__(self):
         super().__init__()
@@ -136,22 +136,24 @@ class Mean(nn.Module):
 
 
 def trainer(folder, max_iter=4, evaluate=lambda *_: {}, **settings):
-    """SGD with rate 1/2 on batches with means 1, 2, 1, 2, ..."""
+    """A trainer with SGD at rate 1/2, on batches with means 1, 2, 1, 2, ..."""
     model = Mean()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     batches = cycle([torch.ones(2, 1), 2 * torch.ones(2, 1)])
     return Trainer(
-        model,
-        optimizer,
-        LambdaLR(optimizer, lambda _: 1.0),
-        batches,
-        evaluate,
-        Settings(str(folder), max_iter, CoefficientSchedule(), **settings),
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=LambdaLR(optimizer, lambda _: 1.0),
+        train_loader=batches,
+        evaluate=evaluate,
+        settings=Settings(
+            output_dir=str(folder), max_iter=max_iter, schedule=CoefficientSchedule(), **settings
+        ),
     )
 
 
 WEIGHTS = [0.5, 1.25, 1.125, 1.5625]
-"""After each step w -> (w + mean) / 2."""
+"""The weight after each step w -> (w + mean) / 2, from 0."""
 
 
 def test_the_average_is_evaluated_and_kept_in_a_file(tmp_path):
@@ -188,7 +190,7 @@ def test_the_average_goes_on_after_a_resumption(tmp_path):
 
 
 def results(*values):
-    """An evaluation that gives one value after the other."""
+    """An evaluation that returns one value after the other."""
     remaining = iter(values)
     return lambda *_: {"bbox": {"AP": next(remaining), "AP50": 0.0}}
 
@@ -200,7 +202,7 @@ def test_the_weights_of_the_best_evaluation_are_kept_also_after_a_resumption(tmp
     first.resume_or_load("", resume=True)
     first.train()
     assert torch.load(tmp_path / "model_best.pth")["model"]["weight"].item() == WEIGHTS[1]
-    # The batches of these start anew, with a mean of 1.
+    # The batches of the resumed trainings start again with a mean of 1.
     for value, kept in ((19.0, WEIGHTS[1]), (21.0, (WEIGHTS[2] + 1) / 2)):
         (tmp_path / "last_checkpoint").write_text("model_final.pth")
         later = trainer(tmp_path, 4, results(value), **best)
@@ -229,6 +231,6 @@ def test_products_are_in_the_dtype_of_autocast(tmp_path, dtype):
     ("values", "message"),
     [({"max_iter": 0}, "max_iter is 0"), ({"max_iter": 1, "ema_decay": 1.0}, "ema_decay is 1.0")],
 )
-def test_settings_that_cannot_be(values, message):
+def test_impossible_settings_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Settings(output_dir="", schedule=CoefficientSchedule(), **values)

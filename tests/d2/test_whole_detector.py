@@ -1,4 +1,4 @@
-"""Mask R-CNN of Detectron2's zoo, small: ours at (1, 0) is it, in losses and in what it finds."""
+"""A small Mask R-CNN of Detectron2's zoo; ours at (1, 0) has its losses and its detections."""
 
 import copy
 
@@ -21,7 +21,7 @@ DATASET = "small_digits_val_n20_s128_d6"
 
 @pytest.fixture(scope="module")
 def images():
-    """20 images of SmallDigits with boxes and masks."""
+    """20 mapped images of SmallDigits with boxes and masks."""
     register_dataset(DATASET)
     mapper = DatasetMapper(
         is_train=True,
@@ -36,7 +36,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def detectors():
-    """(stock, ours) with one state dict, ours with all lean parts."""
+    """(stock, ours) with the same weights, ours with all lean parts."""
     config = zoo_config("common/models/mask_rcnn_vitdet.py").model
     config.backbone.square_pad = 128
     config.backbone.net.update(
@@ -79,7 +79,7 @@ def test_losses_are_the_same(detectors, images):
 def test_detections_are_the_same(detectors, images):
     found = []
     for model in copy.deepcopy(detectors):
-        # Scores that are far from each other, so that rounding does not change their order.
+        # Scores far enough apart that rounding does not change their order.
         torch.manual_seed(2)
         nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=2.0)
         with torch.no_grad():
@@ -93,6 +93,6 @@ def test_detections_are_the_same(detectors, images):
         torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=1e-4)
         boxes = actual.pred_boxes.tensor, expected.pred_boxes.tensor
         torch.testing.assert_close(*boxes, rtol=0, atol=1e-2)
-        # A pixel whose probability is 1/2 may fall on either side.
+        # A pixel with a probability near 1/2 may fall on either side.
         assert (actual.pred_masks != expected.pred_masks).float().mean() < 1e-4
     assert total >= 100

@@ -50,7 +50,7 @@ def write_yaml(folder: Path) -> str:
 
 
 def arguments(folder: Path, *opts, eval_only=False, resume=False, num_gpus=1):
-    """What ``train_net.py`` would pass for the tiny config with output in ``folder``/output."""
+    """The parsed arguments of train_net.py for the tiny config; output is in ``folder``/output."""
     return argparse.Namespace(
         config_file=write_yaml(folder),
         opts=["OUTPUT_DIR", str(folder / "output"), *map(str, opts)],
@@ -71,7 +71,7 @@ def tiny_cfg(folder: Path, *opts):
 
 
 def batch(*sizes, objects=3, seed=0):
-    """Random images (H, W) with boxes, as Detectron2's mapper gives them."""
+    """Inputs as from Detectron2's mapper: random images of sizes (H, W) with boxes."""
     rng = np.random.default_rng(seed)
     inputs = []
     for height, width in sizes:
@@ -89,7 +89,7 @@ def batch(*sizes, objects=3, seed=0):
 
 
 def save_detector(file: Path) -> nn.Module:
-    """The tiny detector at beta 1/2, with weights of which every image gives other features."""
+    """Saves the tiny detector at beta 1/2, with weights large enough to tell images apart."""
     torch.manual_seed(0)
     model = build_model(tiny_cfg(file.parent)).eval()
     for parameter in model.backbone.parameters():
@@ -100,7 +100,7 @@ def save_detector(file: Path) -> nn.Module:
 
 
 def launch_one(work, *_, args):
-    """Stands in for Detectron2's ``launch``: one process, whose error comes back as a text."""
+    """A fake of Detectron2's ``launch``: one process, whose error comes back as text."""
     try:
         work(*args)
     except Exception as error:
@@ -108,7 +108,7 @@ def launch_one(work, *_, args):
 
 
 def rates_and_decays(groups):
-    """Parameter -> (learning rate, weight decay), of an optimizer's groups."""
+    """Parameter -> (learning rate, weight decay), from the groups of an optimizer."""
     return {
         parameter: (group["lr"], group["weight_decay"])
         for group in groups

@@ -1,4 +1,4 @@
-"""What is not finite stops a training where it appears, and the checkpoints stay as they were."""
+"""Values that are not finite stop a training with torchvision; see ``tests.divergence``."""
 
 import itertools
 import json
@@ -10,28 +10,12 @@ import torch
 
 import train_net
 from dr2net_d2.tv import engine, training
-from tests.poison import (
-    EARLY,
-    LATE,
-    finite_checkpoint,
-    poison_gradient,
-    poison_loss,
-    poison_step,
-    poison_weight,
-)
-
-FOURTH = "model_0000003.pth"
+from tests.divergence import FOURTH, TOO_FAST, Divergence, assert_one_line
+from tests.poison import EARLY, poison_gradient
 
 
 @pytest.fixture
-def output(tmp_path):
-    return tmp_path / "output"
-
-
-@pytest.fixture
-def train(arguments, output, monkeypatch):
-    """``train(change, "KEY", "VALUE", ...)``: a training whose model goes through ``change``."""
-
+def train(arguments, tmp_path, monkeypatch):
     def train(change, *opts, **options):
         build_model = engine.build_model
 
@@ -43,59 +27,20 @@ def train(arguments, output, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(engine, "build_model", changed)
             patch.setattr(training, "LOG_PERIOD", 1)
-            opts = ("OUTPUT_DIR", str(output), "TEST.EVAL_PERIOD", "0", *opts)
+            opts = ("OUTPUT_DIR", str(tmp_path / "output"), "TEST.EVAL_PERIOD", "0", *opts)
             return engine.run(arguments(*opts, **options))
 
     return train
 
 
-@pytest.mark.parametrize("amp", ["False", "True"])  # bfloat16 on a CPU, without a scaler
-def test_a_gradient_stops_the_training_before_the_step(train, output, amp):
-    models = []
-
-    def change(model):
-        poison_gradient(model, EARLY, math.nan, 4)
-        poison_gradient(model, LATE, math.nan, 4)
-        models.append(model)
-
-    message = rf"^iteration 4: the gradient of {LATE} is nan in 1 of 3072 .* 2 non-finite.*BASE_LR"
-    with pytest.raises(FloatingPointError, match=message):
-        train(change, "SOLVER.AMP.ENABLED", amp, "SOLVER.AMP.DTYPE", "bfloat16")
-    saved = finite_checkpoint(output, FOURTH)
-    for name, parameter in models[0].named_parameters():
-        assert torch.equal(parameter, saved[name]), name
+@pytest.fixture(params=["False", "True"], ids=["float32", "bfloat16"])
+def options(request):
+    """On a CPU bfloat16 goes without a scaler."""
+    return ("SOLVER.AMP.ENABLED", request.param, "SOLVER.AMP.DTYPE", "bfloat16")
 
 
-def test_a_failure_in_the_last_iteration_writes_and_evaluates_nothing(train, output):
-    with pytest.raises(FloatingPointError, match=rf"^iteration 7: .*{EARLY} is inf"):
-        train(lambda model: poison_gradient(model, EARLY, math.inf, 7))
-    finite_checkpoint(output, FOURTH)
-    assert not (output / "inference").exists()
-
-
-def test_a_weight_is_found_at_the_step_of_the_stream(train, output):
-    message = r"^iteration 5: the residual stream after step 3 \(Block 1, branch 0\) .*BASE_LR"
-    with pytest.raises(FloatingPointError, match=message):
-        train(lambda model: poison_weight(model, LATE, math.nan, 5))
-    finite_checkpoint(output, FOURTH)
-
-
-def test_a_loss_is_named_though_its_gradient_is_finite(train, output):
-    message = r"^iteration 5: the loss .*\(loss_box_reg inf, total_loss inf\).*BASE_LR"
-    with pytest.raises(FloatingPointError, match=message):
-        train(lambda model: poison_loss(model, "loss_box_reg", math.inf, 5))
-    finite_checkpoint(output, FOURTH)
-
-
-def test_weights_that_a_step_has_ruined_are_not_saved(train, output):
-    handle = poison_step(math.inf, 3)
-    message = r"^iteration 3: .* not finite after .*; model_0000003.pth has not been written"
-    try:
-        with pytest.raises(FloatingPointError, match=message):
-            train(lambda model: None, "SOLVER.CHECKPOINT_PERIOD", "2")
-    finally:
-        handle.remove()
-    finite_checkpoint(output, "model_0000001.pth")
+class TestDivergence(Divergence):
+    losses = "loss_box_reg inf, total_loss inf"
 
 
 def copies(model):
@@ -107,7 +52,8 @@ def skipped_steps(output):
     return [json.loads(row)["amp/skipped_steps"] for row in rows]
 
 
-def test_steps_that_a_scaler_skips_are_counted(train, output, monkeypatch, caplog):
+def test_steps_that_a_scaler_skips_are_counted(train, tmp_path, monkeypatch, caplog):
+    output = tmp_path / "output"
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(
         torch.amp, "GradScaler", lambda *_, enabled: scaler("cpu", init_scale=1024.0)
@@ -135,12 +81,10 @@ def test_steps_that_a_scaler_skips_are_counted(train, output, monkeypatch, caplo
     assert skipped_steps(output) == [1, 1, 1, 2, 2, 2, 2, 2]
 
 
-def test_the_command_prints_one_line_and_returns_1(arguments, output, capsys):
-    opts = ("SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0", "OUTPUT_DIR", str(output))
+def test_the_command_prints_one_line_and_returns_1(arguments, tmp_path, capsys):
+    opts = (*TOO_FAST, "OUTPUT_DIR", str(tmp_path / "output"))
     words = ["--engine", "torchvision", "--config-file", arguments().config_file, *opts]
     assert train_net.main(words) == 1
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if "train_net" in line]
-    assert len(lines) == 1
-    assert lines[0].startswith("train_net.py: error: iteration 1: ")
+    assert_one_line(captured)
     assert "Traceback" not in captured.out + captured.err
