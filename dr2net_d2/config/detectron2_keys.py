@@ -55,7 +55,7 @@ HONOURED_SECTIONS = (
         {
             "SIZES": Key(
                 [[32, 64, 128, 256, 512]],
-                "Roots of the anchors' areas, in pixels: one list for all levels, or one per level.",
+                "Roots of the anchors' areas, in pixels; one list for all levels, or one each.",
             ),
             "ASPECT_RATIOS": Key(
                 [[0.5, 1.0, 2.0]], "Height over width of the anchors, in lists likewise."

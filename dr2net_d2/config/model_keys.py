@@ -188,7 +188,9 @@ SCHEDULE = Section(
             "Unit of `DURATION`: a fraction of the training, iterations or epochs.",
             one_of("fraction", "iterations", "epochs"),
         ),
-        "UPDATES": Key(0, "Number of stages within `DURATION`; 0 moves every iteration."),
+        "UPDATES": Key(
+            0, "Number of stages within `DURATION`; 0 moves every iteration.", at_least(0)
+        ),
     },
     "How alpha and beta move during training; see [Choose a schedule](schedule.md).",
 )
