@@ -40,7 +40,15 @@ def record(folder, boxes, iscrowd, height=40, width=60):
 
 
 def stream(records, flip=False, **options):
-    return TrainingStream(records, (0,), 1000, flip, "BGR", 1, **options)
+    return TrainingStream(
+        records,
+        shortest_sides=(0,),
+        longest_side=1000,
+        flip=flip,
+        channel_order="BGR",
+        seed=1,
+        **options,
+    )
 
 
 def test_tiles_show_their_pixels_and_objects_and_paint_what_they_cut(tmp_path):
