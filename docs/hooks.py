@@ -44,7 +44,7 @@ def list_keys(sections):
     """A heading and a Markdown table per section."""
     parts = []
     for section in sections:
-        rows = list(map(row, *zip(*section.full_names(), strict=True)))
+        rows = [row(name, key) for name, key in section.full_names()]
         header = (
             ["Key", "Default", "Allowed", "Meaning"] if len(rows[0]) > 2 else ["Key", "Accepted"]
         )

@@ -1,4 +1,4 @@
-"""What one row of the table of config keys holds: default, meaning, and the values allowed."""
+"""The form of the table of config keys: default, meaning and allowed values of each key."""
 
 from __future__ import annotations
 
