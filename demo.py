@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Run a trained detector on images, videos or a webcam, and draw what it finds.
+"""Run a trained detector on images, videos or a webcam, and draw its detections.
 
     python demo.py --config-file configs/quickstart.yaml --input photos --output drawn \\
         MODEL.WEIGHTS output/quickstart/model_final.pth
     python demo.py --config-file F --input street.mp4 --output street_drawn.mp4 KEY VALUE ...
     python demo.py --config-file F --webcam --confidence-threshold 0.7 KEY VALUE ...
 
-Without --output a window opens: a key goes on to the next image, Esc or q ends it all.
+Without --output a window opens: any key shows the next image, Esc or q quits.
 """
 
 from __future__ import annotations

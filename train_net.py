@@ -15,13 +15,15 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from dr2net_d2.commands import choose_engine, make_parser
+from dr2net_d2.commands import Engine, choose_engine, make_parser
 from dr2net_d2.errors import run_command
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser("train_net.py", __doc__)
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    parser.add_argument(
+        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, do not train"
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -32,7 +34,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="GPUs per machine, one process each; with MODEL.DEVICE cpu leave it at 1",
+        help="GPUs per machine, with one process each; 1 for MODEL.DEVICE cpu",
     )
     several = parser.add_argument_group("several machines (Detectron2 only)")
     several.add_argument("--num-machines", type=int, default=1, metavar="N")
@@ -42,13 +44,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    engine = choose_engine(args.engine)
-    logging.info("engine: %s (choose with --engine)", engine)
-    if engine == "detectron2":
-        from dr2net_d2.d2.engine import run as run_engine
-    else:
-        from dr2net_d2.tv.engine import run as run_engine
-    run_engine(args)
+    name = choose_engine(args.engine)
+    logging.info("engine: %s (choose with --engine)", name)
+    load_engine(name).run(args)
+
+
+def load_engine(name: str) -> Engine:
+    if name == "detectron2":
+        from dr2net_d2.d2 import engine as detectron2_engine
+
+        return detectron2_engine
+    from dr2net_d2.tv import engine as torchvision_engine
+
+    return torchvision_engine
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What the commands have in common: options, the engine, the config, reports on disk."""
+"""Shared by all commands: options, choice of the engine, config and device, reports on disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from fvcore.common.config import CfgNode
@@ -21,8 +21,27 @@ logger = logging.getLogger(__name__)
 DETECTRON2_INSTALL = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 
 
+class Engine(Protocol):
+    """What ``train_net.py`` asks of ``dr2net_d2.d2.engine`` and ``dr2net_d2.tv.engine``."""
+
+    def run(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Train and evaluate the detector that a config file describes, or only evaluate it.
+
+        Args:
+            args: config_file, opts (config overrides), eval_only, resume, num_gpus (per machine);
+                for Detectron2 also num_machines, machine_rank, dist_url.
+
+        Returns:
+            Metrics by task, such as {"bbox": {"AP": 41.5}}; empty without a test set.
+
+        Raises:
+            UserError: the config, a dataset or the weights cannot be used.
+            FloatingPointError: the training has diverged; the last checkpoint is still good.
+        """
+
+
 def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser with --config-file, --engine and, after all options, config overrides (``opts``)."""
+    """A parser for --config-file, --engine and, after all options, config overrides (``opts``)."""
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,25 +50,28 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         "--engine",
         choices=("auto", "detectron2", "torchvision"),
         default="auto",
-        help="auto: Detectron2 where it is installed, otherwise torchvision",
+        help="auto takes Detectron2 if it is installed, otherwise torchvision",
     )
     parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides, at the end"
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="config overrides, after all options",
     )
     return parser
 
 
 def choose_engine(name: str) -> str:
-    """The engine that --engine means: "detectron2" or "torchvision".
+    """The engine to use for a value of --engine: "detectron2" or "torchvision".
 
     Raises:
-        ConfigError: Detectron2 was asked for and is not installed.
+        ConfigError: Detectron2 was asked for, but is not installed.
     """
     installed = importlib.util.find_spec("detectron2") is not None
     if name == "detectron2" and not installed:
         raise ConfigError(
-            f"--engine detectron2, but Detectron2 is not installed; see {DETECTRON2_INSTALL}, or "
-            "use --engine torchvision"
+            f"--engine is detectron2, but Detectron2 is not installed; see {DETECTRON2_INSTALL}, "
+            "or use --engine torchvision"
         )
     if name == "auto":
         name = "detectron2" if installed else "torchvision"
@@ -57,15 +79,15 @@ def choose_engine(name: str) -> str:
 
 
 def load_config(config_file: str | None, overrides: Sequence[str], engine: str) -> CfgNode:
-    """A config file and overrides on the defaults of an engine.
+    """Merge a config file and overrides into the defaults of an engine.
 
     Args:
-        config_file: YAML; None for the defaults alone.
-        overrides: KEY VALUE words.
-        engine: as ``choose_engine`` gives it.
+        config_file: path of a YAML file; None leaves the defaults.
+        overrides: KEY VALUE pairs as one flat list.
+        engine: "detectron2" or "torchvision", see ``choose_engine``.
 
     Raises:
-        ConfigError: a LazyConfig; see also ``merge_config``.
+        ConfigError: the file is a LazyConfig, or ``merge_config`` refuses it or an override.
     """
     if config_file is not None and config_file.endswith(".py"):
         raise ConfigError(
@@ -86,10 +108,14 @@ def load_config(config_file: str | None, overrides: Sequence[str], engine: str) 
 
 
 def torch_device(name: str, key: str = "MODEL.DEVICE") -> torch.device:
-    """The device that a key of the config means.
+    """The device of that name.
+
+    Args:
+        name: "cpu", "cuda" or "cuda:<number>".
+        key: what the config calls it; named in errors.
 
     Raises:
-        ConfigError: it is none of "cpu", "cuda", "cuda:<number>", or not to be had here.
+        ConfigError: another name, or this machine lacks the device.
     """
     try:
         device = torch.device(name)
@@ -106,10 +132,10 @@ def torch_device(name: str, key: str = "MODEL.DEVICE") -> torch.device:
 
 
 def writable_folder(folder: str, name: str) -> Path:
-    """The folder, made if need be, after a look whether <name>.json could be written to it.
+    """Create a folder, if need be, and check that <name>.json can be written to it.
 
     Raises:
-        ConfigError: it could not.
+        ConfigError: it cannot.
     """
     path = Path(folder)
     try:
@@ -119,8 +145,8 @@ def writable_folder(folder: str, name: str) -> Path:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"output folder {folder!r} cannot be written ({error.strerror}); choose another by "
-            "--output"
+            f"output folder {folder!r} cannot be written ({error.strerror}); choose another "
+            "with --output"
         ) from error
     return path
 
@@ -128,7 +154,7 @@ def writable_folder(folder: str, name: str) -> Path:
 def write_report(
     folder: Path, name: str, results: dict[str, Any], draw: Callable[[Path], object]
 ) -> None:
-    """Write <name>.json, and <name>.png by ``draw``, which gets the path to draw to."""
+    """Write <name>.json and <name>.png; ``draw`` is called with the path to draw to."""
     data, picture = folder / f"{name}.json.partial", folder / f"{name}.png.partial"
     data.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     draw(picture)
@@ -138,26 +164,30 @@ def write_report(
 
 
 def fill_page(page: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between <!-- name --> and <!-- /name --> in a page.
+    """Replace the text between <!-- name --> and <!-- /name --> in a page by a table.
+
+    Args:
+        page: Markdown file with the markers.
+        tables: name -> table.
 
     Raises:
-        ConfigError: no such page, or it has no such pair.
+        ConfigError: the page or a marker is missing.
     """
     if not page.is_file():
         raise ConfigError(f"{page} does not exist; give a page with markers")
     text = page.read_text()
     for name, table in tables.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, found, rest = text.partition(start)
+        before, opened, rest = text.partition(start)
         _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise ConfigError(f"{page} lacks {start} or {end}; put both where the table is to be")
+        if not (opened and closed):
+            raise ConfigError(f"{page} lacks {start} or {end}; put both where the table belongs")
         text = f"{before}{start}\n{table}\n{end}{after}"
     page.write_text(text)
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the header first, as a Markdown table with right-aligned columns."""
+    """A Markdown table with right-aligned columns; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"

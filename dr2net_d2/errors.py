@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: commands print them as one line and exit with code 2."""
+"""Errors that the user can fix: commands print them as one line and exit with code 2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the message has the value, what is allowed, what to do."""
+    """A mistake in the input; the message states the value, what is allowed and what to do."""
 
 
 class ConfigError(UserError):
@@ -27,7 +27,7 @@ class WeightsError(UserError):
 
 @contextmanager
 def config_section(name: str) -> Iterator[None]:
-    """Turn a ValueError of the objects built from config section ``name`` into a ConfigError."""
+    """Turn a ValueError from objects built of config section ``name`` into a ConfigError."""
     try:
         yield
     except UserError:
@@ -38,7 +38,7 @@ def config_section(name: str) -> Iterator[None]:
 
 @contextmanager
 def weights_being_read() -> Iterator[None]:
-    """Turn a ValueError of ``weights.plain_vit`` into a WeightsError."""
+    """Turn a ValueError from ``weights.plain_vit`` into a WeightsError."""
     try:
         yield
     except ValueError as error:
@@ -47,7 +47,7 @@ def weights_being_read() -> Iterator[None]:
 
 @contextmanager
 def detector_being_built() -> Iterator[None]:
-    """Turn what Detectron2 raises for keys of MODEL that do not fit together into a ConfigError."""
+    """Turn Detectron2's errors about keys of MODEL that do not fit together into a ConfigError."""
     try:
         yield
     except UserError:
@@ -61,17 +61,17 @@ def detector_being_built() -> Iterator[None]:
 def run_command(
     prog: str, run: Callable[[argparse.Namespace], object], args: argparse.Namespace
 ) -> int:
-    """Run a command with its log on stderr.
+    """Run a command, logging to stderr.
 
     Returns:
-        The exit code: 2 for a mistake of the user's, 1 where a number is not finite; the error is
-        one line on stderr.
+        The exit code: 0, 2 for a ``UserError``, or 1 for a number that is not finite. The error is
+        printed as one line on stderr.
     """
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
     try:
         run(args)
     except (UserError, FloatingPointError) as error:
-        # One that was raised in a data loader's worker has its traceback in front.
+        # An error from a data loader's worker begins with its traceback.
         print(f"{prog}: error: {str(error).splitlines()[-1]}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     return 0

@@ -62,7 +62,9 @@ def test_boxes_are_those_that_the_torchvision_engine_trains_on():
 
     records = load_coco(*resolve_dataset("small_digits_train_n8_s64_d3")).records
     cfg = config("INPUT.MIN_SIZE_TRAIN", "(97,)", "INPUT.MAX_SIZE_TRAIN", "200")
-    stream = TrainingStream(records, (97,), 200, False, "RGB", seed=0)
+    stream = TrainingStream(
+        records, shortest_sides=(97,), longest_side=200, flip=False, channel_order="RGB", seed=0
+    )
     trained = np.concatenate([stream[i][1]["boxes"] for i in range(len(records))])
     found = anchors.training_objects(cfg, records, 1).boxes
     np.testing.assert_allclose(np.sort(found, axis=0), np.sort(trained, axis=0), rtol=1e-5)

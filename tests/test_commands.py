@@ -1,5 +1,6 @@
-"""What users type: the commands as processes of their own, and what they have in common."""
+"""The commands as users start them, as processes of their own, and what they share."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,13 @@ def test_without_detectron2_its_guide_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "detectron2", None)
     with pytest.raises(ConfigError, match=r"detectron2\.readthedocs\.io"):
         choose_engine("detectron2")
+
+
+@pytest.mark.parametrize("name", ["torchvision", "detectron2"])
+def test_both_engines_run_the_arguments_of_train_net(name):
+    pytest.importorskip(name)
+    run = train_net.load_engine(name).run
+    assert list(inspect.signature(run).parameters) == ["args"]
 
 
 def test_planning_imports_no_detector_framework_before_it_is_chosen(tmp_path):

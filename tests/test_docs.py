@@ -82,10 +82,10 @@ def commands():
 
 
 def python_pages():
-    """Name of a page -> its Python blocks that need nothing; keys.md shows one of our files."""
+    """Name of a page -> its Python blocks that need nothing."""
     pages = {page.name: blocks("python", page.read_text()) for page in (ROOT / "docs").glob("*.md")}
     codes = {name: [code for needs, code in pages[name] if not needs] for name in sorted(pages)}
-    return {name: code for name, code in codes.items() if code and name != "keys.md"}
+    return {name: code for name, code in codes.items() if code}
 
 
 def spans():

@@ -1,4 +1,4 @@
-"""Keys of a config, what they may be, and what they mean in terms of the wings below.
+"""Config keys: their ranges and meaning, and what a config says in terms of the wings below.
 
 In: YAML files and KEY VALUE overrides, on the defaults of either engine. Out: arguments, schedules,
 protocols, and errors that name the key.
@@ -14,8 +14,9 @@ from dr2net_d2.config.detection import (
     head_section,
     warn_of_limits,
 )
-from dr2net_d2.config.keys import LEAN_PARTS, add_dr2net_config
+from dr2net_d2.config.keys import add_dr2net_config
 from dr2net_d2.config.merging import merge_config, value_of
+from dr2net_d2.config.model_keys import LEAN_PARTS
 from dr2net_d2.config.network import (
     BACKBONE_SECTIONS,
     backbone_section,

@@ -1,4 +1,4 @@
-"""What the keys of a detector, its categories and its evaluation mean."""
+"""What a config says of the detector's categories, its limits and its evaluation."""
 
 from __future__ import annotations
 
@@ -21,17 +21,22 @@ logger = logging.getLogger(__name__)
 
 
 def head_section(cfg: CfgNode) -> str:
-    """The section of MODEL that has NUM_CLASSES of the detector."""
+    """Name of the section of MODEL that holds the detector's NUM_CLASSES."""
     sections = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
-    # The torchvision engine leaves the key out.
+    # The torchvision engine removes the key.
     return sections.get(cfg.MODEL.get("META_ARCHITECTURE"), "ROI_HEADS")
 
 
 def check_categories(datasets: Mapping[str, Sequence[str]], key: str, num_classes: int) -> None:
-    """Refuse datasets (name -> category names) that differ from each other or from the model.
+    """Refuse datasets whose categories differ from each other's or from the model's.
+
+    Args:
+        datasets: name -> names of its categories.
+        key: the config key of ``num_classes``.
+        num_classes: number of categories of the model.
 
     Raises:
-        ConfigError: names the datasets and ``key``, that of ``num_classes``.
+        ConfigError: names the datasets and ``key``.
     """
     first = next(iter(datasets), "")
     for name, categories in datasets.items():
@@ -42,34 +47,34 @@ def check_categories(datasets: Mapping[str, Sequence[str]], key: str, num_classe
             )
         if tuple(categories) != tuple(datasets[first]):
             raise ConfigError(
-                f"DATASETS: {name} has other categories than {first}, or another order; use "
+                f"DATASETS: {name} has other categories than {first}, or in another order; use "
                 "datasets whose categories agree"
             )
 
 
 def evaluation_protocol(cfg: CfgNode) -> Protocol:
-    """That of TEST.PROTOCOL; warns if the detector gives fewer boxes than it counts.
+    """The protocol of TEST.PROTOCOL; warns if it counts more detections than the detector returns.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no protocol of that name.
     """
-    given = cfg.TEST.DETECTIONS_PER_IMAGE
-    protocol = choose_protocol(cfg.TEST.PROTOCOL, given)
-    if given < (most := protocol.max_detections[-1]):
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    protocol = choose_protocol(cfg.TEST.PROTOCOL, limit)
+    if limit < (maximum := protocol.max_detections[-1]):
         logger.warning(
             "TEST.DETECTIONS_PER_IMAGE is %d, but the protocol %s counts up to %d; the metrics may "
             "be lower than they could be",
-            given,
+            limit,
             protocol.name,
-            most,
+            maximum,
         )
     return protocol
 
 
 def box_limits(cfg: CfgNode, phase: str) -> dict[str, int]:
-    """What bounds the number of boxes of an image, by key; those before NMS hold for each level.
+    """The keys that limit the number of boxes per image, and their values.
 
-    Bounds of a tile are none of an image.
+    Limits before NMS hold per level. Limits on a tile do not count.
 
     Args:
         phase: "TRAIN" or "TEST", as in DATASETS.
@@ -88,11 +93,11 @@ def box_limits(cfg: CfgNode, phase: str) -> dict[str, int]:
 
 
 def warn_of_limits(limits: Mapping[str, int], densest: Mapping[str, int]) -> None:
-    """Warn where fewer boxes can be found than an image has objects.
+    """Warn if an image has more objects than the detector may return boxes.
 
     Args:
-        limits: of the boxes of an image, by key.
-        densest: objects of the densest image, by dataset.
+        limits: key -> maximum number of boxes per image, see ``box_limits``.
+        densest: dataset -> number of objects in its densest image.
     """
     if not densest:
         return
@@ -113,7 +118,12 @@ def check_weights_to_evaluate(
     """Refuse an evaluation that has neither weights nor a checkpoint to resume from.
 
     Args:
-        key, folder: what the config calls the weights and the folder of the checkpoints.
+        weights: value of ``key``.
+        resuming: there is a checkpoint to resume from.
+        key, folder: the config's names for the weights and for the folder of checkpoints.
+
+    Raises:
+        ConfigError: neither is there.
     """
     if not (weights or resuming):
         raise ConfigError(
@@ -123,15 +133,15 @@ def check_weights_to_evaluate(
 
 
 def build_slicing(cfg: CfgNode) -> Slicing | None:
-    """TEST.TILES, None if it is not enabled.
+    """Sliced inference as TEST.TILES describes it, None if it is not enabled.
 
     Raises:
-        ConfigError: numbers that make no tiles.
+        ConfigError: a value of that section is out of range.
     """
     tiles = cfg.TEST.TILES
     if not tiles.ENABLED:
         return None
-    # torchvision, whose operators it needs, takes a second to import.
+    # It imports torchvision, which takes a second.
     from dr2net_d2.data.slicing import Slicing
 
     with config_section("TEST.TILES"):
@@ -147,12 +157,12 @@ def build_slicing(cfg: CfgNode) -> Slicing | None:
 def category_names(
     cfg: CfgNode, count: int, look_up: Callable[[str], Sequence[str]]
 ) -> tuple[str, ...]:
-    """Names of a detector's categories, from the first dataset of the config that tells as many.
+    """Names of a detector's categories, from the first dataset of the config that has as many.
 
     Args:
-        cfg: DATASETS.TEST and TRAIN are read.
-        count: of the categories; they are called "0", "1", ... if no dataset is at hand.
-        look_up: dataset -> its names; raises DatasetError where it cannot.
+        cfg: DATASETS.TEST and DATASETS.TRAIN are searched, in this order.
+        count: number of categories; without such a dataset they are named "0", "1", ...
+        look_up: name of a dataset -> names of its categories; raises DatasetError on failure.
     """
     for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         with suppress(DatasetError):

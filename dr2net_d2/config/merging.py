@@ -1,4 +1,4 @@
-"""Config files and overrides into a config, and values out of it."""
+"""Merge config files and overrides into a config; read values by full name."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from dr2net_d2.errors import ConfigError
 
 
 def value_of(cfg: CfgNode, key: str) -> Any:
-    """The value of a key with dots."""
+    """The value of a key by its full name, such as "MODEL.VIT.DEPTH"."""
     return reduce(getattr, key.split("."), cfg)
 
 
 def merge_config(cfg: CfgNode, config_file: str | None, overrides: Sequence[str]) -> None:
-    """Merge a YAML file (with ``_BASE_``), if there is one, and ``KEY VALUE`` pairs into ``cfg``.
+    """Merge a YAML file, if there is one, and then overrides into ``cfg``.
+
+    Args:
+        cfg: the defaults; changed in place.
+        config_file: path of a YAML file, which may name another as ``_BASE_``.
+        overrides: KEY VALUE pairs as one flat list.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key, a value of a wrong type, a seed too
-            large for NumPy.
+        ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type,
+            or SEED is too large for NumPy.
     """
     if config_file is not None and not Path(config_file).is_file():
         raise ConfigError(f"config file {config_file!r} does not exist; see configs/ for some")
@@ -33,7 +38,7 @@ def merge_config(cfg: CfgNode, config_file: str | None, overrides: Sequence[str]
         )
     try:
         if config_file is not None:
-            # Without its default, which lets a YAML file run code.
+            # The default, True, lets a YAML file run code.
             cfg.merge_from_file(config_file, allow_unsafe=False)
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {config_file}: {_one_line(error)}") from error

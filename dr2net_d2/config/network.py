@@ -1,4 +1,4 @@
-"""What the keys of a backbone mean in terms of ``core``."""
+"""The backbone that a config describes, in terms of ``core``."""
 
 from __future__ import annotations
 
@@ -6,37 +6,43 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from dr2net_d2.config.keys import LEAN_PARTS, add_dr2net_config
+from dr2net_d2.config.keys import DR2NET_KEYS
+from dr2net_d2.config.merging import value_of
+from dr2net_d2.config.table import check_value
 from dr2net_d2.errors import ConfigError
 
 BACKBONE_SECTIONS = ("VIT", "SWIN", "MVIT")
-"""Sections of MODEL, each of which describes one kind of backbone."""
+"""Sections of MODEL that each describe one kind of backbone."""
 
 
 def backbone_section(cfg: CfgNode, section: str) -> CfgNode:
     """MODEL.``section``, one of ``BACKBONE_SECTIONS``, to build a backbone from.
 
     Raises:
-        ConfigError: a key of another of these sections has been set, which would not be read.
+        ConfigError: a key of another of these sections is set, although nothing would read it.
     """
-    defaults = CfgNode({"MODEL": {}, "SOLVER": {"AMP": {}}, "INPUT": {}, "TEST": {}})
-    add_dr2net_config(defaults)
     for other in BACKBONE_SECTIONS:
-        for key, default in defaults.MODEL[other].items() if other != section else ():
-            if (value := cfg.MODEL[other][key]) != default:
+        for name, key in DR2NET_KEYS.items():
+            if other == section or not name.startswith(f"MODEL.{other}."):
+                continue
+            if (value := value_of(cfg, name)) != key.default:
                 raise ConfigError(
-                    f"MODEL.{other}.{key} is {value!r}, but MODEL.BACKBONE.NAME "
-                    f"{cfg.MODEL.BACKBONE.NAME} is built from MODEL.{section}; name a backbone of "
-                    f"MODEL.{other}, or leave that section at its defaults"
+                    f"{name} is {value!r}, but MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} is "
+                    f"built from MODEL.{section}; name a backbone of MODEL.{other}, or leave that "
+                    "section at its defaults"
                 )
     return cfg.MODEL[section]
 
 
 def require_plain_vit(cfg: CfgNode, what: str) -> None:
-    """Refuse a backbone of stages, an FPN on a ResNet, Swin or MViT, for ``what``.
+    """Refuse a backbone with stages (an FPN on a ResNet, Swin or MViT) where a plain ViT is needed.
+
+    Args:
+        cfg: MODEL.BACKBONE.NAME is read.
+        what: needs the plain ViT; the error begins with it.
 
     Raises:
-        ConfigError: names it and MODEL.BACKBONE.NAME.
+        ConfigError: the backbone has stages.
     """
     if cfg.MODEL.BACKBONE.NAME.endswith("_fpn_backbone"):
         raise ConfigError(
@@ -45,7 +51,7 @@ def require_plain_vit(cfg: CfgNode, what: str) -> None:
 
 
 def vit_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """Keyword arguments that Detectron2's ``ViT`` and our ``Dr2NetViT`` have in common.
+    """Keyword arguments that Detectron2's ``ViT`` and our ``Dr2NetViT`` share, from MODEL.VIT.
 
     Raises:
         ConfigError: see ``backbone_section``.
@@ -71,7 +77,7 @@ def vit_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def dr2net_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """Keyword arguments that only our backbones have."""
+    """Keyword arguments that only our backbones have, from MODEL.DR2NET."""
     dr2net = cfg.MODEL.DR2NET
     return {
         "reversible": dr2net.REVERSIBLE,
@@ -82,14 +88,11 @@ def dr2net_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def lean_parts(cfg: CfgNode) -> tuple[str, ...]:
-    """MODEL.DR2NET.LEAN.
+    """The modules to make lean, some of ``LEAN_PARTS``, from MODEL.DR2NET.LEAN.
 
     Raises:
-        ConfigError: it names something else than ``LEAN_PARTS``.
+        ConfigError: it names another module.
     """
-    parts = cfg.MODEL.DR2NET.LEAN
-    if unknown := [part for part in parts if part not in LEAN_PARTS]:
-        raise ConfigError(
-            f"MODEL.DR2NET.LEAN has {unknown[0]!r}; list some of {list(LEAN_PARTS)}, or none"
-        )
-    return tuple(parts)
+    name = "MODEL.DR2NET.LEAN"
+    check_value(name, value_of(cfg, name), DR2NET_KEYS[name])
+    return tuple(cfg.MODEL.DR2NET.LEAN)

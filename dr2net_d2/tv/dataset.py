@@ -1,4 +1,4 @@
-"""Images for torchvision's detectors; a training image depends on (seed, position) alone."""
+"""Images for torchvision's detectors; a training image depends on its seed and position alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Split:
-    """A dataset of the config: its files and what they hold."""
+    """A dataset that the config names: its files and their content."""
 
     json_file: Path
     image_root: Path
@@ -30,10 +30,10 @@ class Split:
 
 
 def load_split(name: str) -> Split:
-    """Find and check a dataset by its name.
+    """Find a dataset by its name, read it and check it.
 
     Raises:
-        DatasetError: the name is not known, or the files are missing or not valid.
+        DatasetError: the name is unknown, or the files are missing or invalid.
     """
     json_file, image_root = resolve_dataset(name)
     content = load_coco(json_file, image_root)
@@ -44,12 +44,12 @@ def load_split(name: str) -> Split:
 
 
 def resize_shortest_side(image: Tensor, shortest: int, longest: int) -> Tensor:
-    """Resize an image, antialiased, to Detectron2's rounding.
+    """Resize an image with antialiasing; sizes are rounded as in Detectron2.
 
     Args:
         image: (C, H, W), uint8 or floating point.
-        shortest: target of the shorter side in px; 0 keeps the image as it is.
-        longest: limit of the longer side in px.
+        shortest: target length of the shorter side, in pixels; 0 keeps the image as it is.
+        longest: maximum length of the longer side, in pixels.
     """
     height, width = image.shape[-2:]
     if shortest == 0:
@@ -66,20 +66,25 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def as_tensor(image: np.ndarray, channel_order: str) -> Tensor:
-    """(H, W, 3) uint8, BGR -> (3, H, W) uint8, channels in "BGR" or "RGB" order."""
+    """(H, W, 3) uint8 in BGR order -> (3, H, W) uint8 in "BGR" or "RGB" order."""
     if channel_order == "RGB":
         image = image[..., ::-1]
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def load_image(record: CocoRecord, channel_order: str) -> Tensor:
-    """The pixels of a record, as ``as_tensor`` gives them."""
+    """Read the image of a record, (3, H, W) uint8 in "BGR" or "RGB" order."""
     return as_tensor(read_image(record), channel_order)
 
 
 @dataclass(frozen=True)
 class Jitter:
-    """INPUT.LSJ: the square that a rescaled image is cropped to, and the range of the scale."""
+    """Large-scale jittering, INPUT.LSJ.
+
+    Attributes:
+        side: of the square that a rescaled image is cropped to, in pixels.
+        min_scale, max_scale: range that the scale is drawn from; 1 fits the image into the square.
+    """
 
     side: int
     min_scale: float
@@ -89,32 +94,34 @@ class Jitter:
 class TrainingStream(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """An endless shuffled stream of augmented training images, addressed by position.
 
-    Each pass over the images is a new permutation. What stands at a position depends on the seed
-    and the position alone, so a resumed training continues the stream, with any number of workers.
+    Each pass over the images is a new permutation. The item at a position depends on the seed and
+    the position alone, so a resumed training continues the stream with any number of workers.
 
     Args:
-        records: the images; crowd boxes are left out, boxes are cut at the image's edge.
-        shortest_sides, longest_side: of ``resize_shortest_side``; one of the first is drawn.
-        flip: mirror every other image, at random.
+        records: the images; crowd boxes are left out, and boxes are clipped to the image.
+        shortest_sides, longest_side: arguments of ``resize_shortest_side``; one of the shortest
+            sides is drawn per image.
+        flip: mirror an image with probability 1/2.
         channel_order: "BGR" or "RGB".
-        tiles: the parts of the records to train on; all of them as they are unless given.
-        jitter: rescale and crop, in place of ``shortest_sides``.
-        pixel_mean: what objects that a tile cuts are painted with.
-        fill_ignored: paint crowds and regions to be ignored, too.
+        seed: of permutations and augmentation.
+        tiles: parts of the images to train on; None trains on whole images.
+        jitter: rescale and crop instead of resizing to ``shortest_sides``.
+        pixel_mean: colour, in ``channel_order``, that replaces objects cut by a tile.
+        fill_ignored: paint over crowd boxes and ignored regions as well.
 
-    Item: image (3, H, W) uint8; {"boxes": (n, 4) float32 XYXY in px, "labels": (n,) int64 from 1,
-    as torchvision wants them, 0 being background}.
+    Item: image (3, H, W) uint8 and {"boxes": (n, 4) float32 XYXY in pixels, "labels": (n,) int64
+    from 1}; torchvision keeps label 0 for the background.
     """
 
     def __init__(
         self,
         records: Sequence[CocoRecord],
+        *,
         shortest_sides: Sequence[int],
         longest_side: int,
         flip: bool,
         channel_order: str,
         seed: int,
-        *,
         tiles: Sequence[Tile] | None = None,
         jitter: Jitter | None = None,
         pixel_mean: Sequence[float] = (0, 0, 0),
@@ -136,7 +143,7 @@ class TrainingStream(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def __getitem__(self, position: int) -> tuple[Tensor, dict[str, Tensor]]:
         epoch, offset = divmod(position, len(self.tiles))
         if epoch != self._epoch:
-            # The 1 keeps it apart from the generators of positions.
+            # The third number keeps this generator apart from those of positions.
             self._order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.tiles))
             self._epoch = epoch
         rng = np.random.default_rng((self.seed, position))
@@ -166,7 +173,7 @@ class TrainingStream(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return image, target
 
     def _pixels(self, record: CocoRecord, tile: Tile) -> Tensor:
-        """(3, H, W) uint8 of the tile, painted."""
+        """The tile's pixels, (3, H, W) uint8, with cut objects and ignored regions painted over."""
         x0, y0, x1, y1 = tile.corners
         image = load_image(record, self.channel_order)[:, y0:y1, x0:x1]
         regions = record.boxes[tile.cut]
@@ -197,7 +204,7 @@ def _whole(index: int, record: CocoRecord) -> Tile:
 def _random_crop(
     image: Tensor, side: int, rng: np.random.Generator
 ) -> tuple[Tensor, tuple[int, int]]:
-    """At most ``side`` px of both sides, and (x, y) of where that starts."""
+    """Crop to at most ``side`` pixels along both axes; returns the crop and its (x, y) corner."""
     top, left = (int(rng.integers(max(length - side, 0) + 1)) for length in image.shape[1:])
     return image[:, top : top + side, left : left + side], (left, top)
 
@@ -205,7 +212,7 @@ def _random_crop(
 def choose_training_tiles(
     records: Sequence[CocoRecord], choice: TileChoice, seed: int
 ) -> list[Tile]:
-    """The tiles of all records to train on, as INPUT.TILES says."""
+    """The tiles of all images to train on, as INPUT.TILES describes them."""
     images = (
         ImageBoxes(record.height, record.width, record.boxes, record.iscrowd) for record in records
     )
@@ -213,7 +220,10 @@ def choose_training_tiles(
 
 
 class TestImages(Dataset[tuple[Tensor, int]]):
-    """Images as they are on disk. Item: image (3, H, W) uint8, and its index in ``records``."""
+    """Images as they are on disk.
+
+    Item: image (3, H, W) uint8, and its index in ``records``.
+    """
 
     __test__ = False  # not a test case
 
@@ -229,5 +239,5 @@ class TestImages(Dataset[tuple[Tensor, int]]):
 
 
 def as_lists(batch: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
-    """[(a, b), (a, b), ...] -> ([a, a, ...], [b, b, ...]): images of any size stay apart."""
+    """[(a, b), (a, b), ...] -> ([a, a, ...], [b, b, ...]), because images differ in size."""
     return tuple(map(list, zip(*batch, strict=True)))

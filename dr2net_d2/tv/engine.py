@@ -1,4 +1,4 @@
-"""What ``train_net.py`` runs with torchvision: check everything, then train or evaluate."""
+"""``train_net.py`` with the torchvision engine: check everything, then train or evaluate."""
 
 from __future__ import annotations
 
@@ -33,17 +33,14 @@ logger = logging.getLogger(__name__)
 
 
 def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Train and evaluate, or evaluate only, what a config file describes.
-
-    Args:
-        args: ``config_file``, ``opts`` (KEY VALUE pairs), ``eval_only``, ``resume``, ``num_gpus``.
+    """Train and evaluate, or only evaluate; see ``commands.Engine``.
 
     Returns:
         {"bbox": metrics of TEST.PROTOCOL}; empty without DATASETS.TEST.
 
     Raises:
         UserError: the config, a dataset or the weights cannot be used; nothing has been written.
-        FloatingPointError: the training has diverged.
+        FloatingPointError: the training has diverged; the last checkpoint is still good.
     """
     with RunLog() as log, logging_redirect_tqdm():
         cfg = load_config(args.config_file, args.opts, "torchvision")
@@ -79,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def build_seeded_model(cfg: CfgNode, seed: int) -> nn.Module:
-    """The config's detector, random weights, with all random generators set to the seed."""
+    """Seed every random generator, then build the detector with random weights."""
     for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
         seed_generator(seed)
     return build_model(cfg)
@@ -88,7 +85,7 @@ def build_seeded_model(cfg: CfgNode, seed: int) -> nn.Module:
 def _device(cfg: CfgNode, num_gpus: int) -> torch.device:
     if num_gpus not in (0, 1):
         raise ConfigError(
-            f"--num-gpus is {num_gpus}; the torchvision engine trains on one device: use 1, or "
+            f"--num-gpus is {num_gpus}; the torchvision engine uses one device: set it to 1, or "
             "install Detectron2 and pass --engine detectron2"
         )
     return torch_device(cfg.MODEL.DEVICE)
@@ -122,7 +119,7 @@ def _records(cfg: CfgNode, splits: Sequence[Split]) -> list[CocoRecord]:
     if not records:
         raise ConfigError(
             f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image with an object; name "
-            "another, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
+            "another dataset, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
         )
     return records
 

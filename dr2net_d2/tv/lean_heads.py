@@ -1,4 +1,4 @@
-"""torchvision's RPN and box head with little kept for their backward, exactly."""
+"""torchvision's RPN and box head, storing little for their backward, with the same values."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from dr2net_d2.core.sampled import (
 
 
 class LeanRegionProposalNetwork(RegionProposalNetwork):
-    """``RegionProposalNetwork`` with an ``RPNHead``, for training on what sampled anchors see.
+    """``RegionProposalNetwork`` with an ``RPNHead`` that learns from what sampled anchors see.
 
-    The dense predictions are made without gradients; values are torchvision's. Where images are so
-    small that the samples see everything, training is torchvision's.
+    Dense predictions are made without gradients, and equal torchvision's. Where images are so
+    small that the sampled anchors see all of them, training is torchvision's.
     """
 
     def forward(
@@ -60,10 +60,13 @@ class LeanRegionProposalNetwork(RegionProposalNetwork):
         labels: list[Tensor],
         wanted: Tensor,
     ) -> dict[str, Tensor]:
-        """The losses of a sample of anchors, with a graph through what those see.
+        """The losses on a sample of anchors, whose graph covers only what these anchors see.
 
-        Shape: maps (N, C, H, W) per level; logits (N anchors,); deltas and wanted (N anchors, 4);
-        labels (anchors,) per image.
+        Args:
+            maps: (N, C, H, W) per level.
+            logits, deltas: dense predictions, (N * anchors,) and (N * anchors, 4).
+            labels: 1 positive, 0 negative, -1 ignored; (anchors,) per image.
+            wanted: regression targets, (N * anchors, 4).
         """
         masks = [torch.cat(masks) for masks in self.fg_bg_sampler(labels)]
         positive, negative = (mask.nonzero()[:, 0] for mask in masks)
@@ -85,10 +88,10 @@ class LeanRegionProposalNetwork(RegionProposalNetwork):
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """As torchvision's, with IoUs of ``MATCHED_AT_ONCE`` pairs at a time.
+        """torchvision's assignment, with the IoUs of ``MATCHED_AT_ONCE`` pairs at a time.
 
         Returns:
-            labels 1, 0 or -1 (anchors,) and boxes to regress to (anchors, 4), per image.
+            Labels 1, 0 or -1 (anchors,) and boxes to regress to (anchors, 4), per image.
         """
         labels, boxes = [], []
         for candidates, target in zip(anchors, targets, strict=True):
@@ -106,7 +109,7 @@ class LeanRegionProposalNetwork(RegionProposalNetwork):
 
 
 def _match(matcher: Matcher, objects: Tensor, anchors: Tensor) -> Tensor:
-    """What ``matcher`` gives for the IoUs of at least one object with ``anchors``."""
+    """``matcher`` applied to the IoUs of one or more objects with ``anchors``, in chunks."""
     iou, best, is_best = best_matches(
         box_iou, objects, anchors, max(MATCHED_AT_ONCE // len(objects), 1)
     )
@@ -120,7 +123,7 @@ def _match(matcher: Matcher, objects: Tensor, anchors: Tensor) -> Tensor:
 
 
 class LeanBoxHead(FastRCNNConvFCHead):
-    """``FastRCNNConvFCHead`` that runs every other convolution again in the backward."""
+    """``FastRCNNConvFCHead`` that recomputes every other convolution in the backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         if has_inner_hooks(self):

@@ -1,4 +1,4 @@
-"""The learning-rate schedules of Detectron2's config keys, on fvcore's schedulers."""
+"""Detectron2's learning-rate schedules, built from fvcore's schedulers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dr2net_d2.errors import config_section
 def lr_multiplier(cfg: CfgNode) -> ParamScheduler:
     """The factor on every learning rate as a function of iteration / MAX_ITER.
 
-    WarmupMultiStepLR or WarmupCosineLR of ``cfg.SOLVER``. A linear warmup ends at the value that
-    the schedule has by then.
+    This is WarmupMultiStepLR or WarmupCosineLR, by ``cfg.SOLVER``. A linear warmup ends at the
+    value that the schedule has at that iteration.
 
     Raises:
-        ConfigError: SOLVER.STEPS that do not ascend below MAX_ITER.
+        ConfigError: SOLVER.STEPS are not in ascending order.
     """
     solver = cfg.SOLVER
     schedule: ParamScheduler

@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN on a ``Dr2NetViT`` with a simple feature pyramid."""
+"""Faster R-CNN from torchvision's modules, on a ``Dr2NetViT`` with a simple feature pyramid."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_area, roi_align
 
@@ -25,7 +26,7 @@ from dr2net_d2.tv.lean_heads import LeanBoxHead, LeanRegionProposalNetwork
 
 
 class DetectorTransform(GeneralizedRCNNTransform):
-    """Normalises, resizes in evaluation only (the dataset resizes for training), pads."""
+    """Normalises and pads images; resizes them in evaluation (datasets do in training)."""
 
     def resize(
         self, image: Tensor, target: dict[str, Tensor] | None = None
@@ -36,8 +37,11 @@ class DetectorTransform(GeneralizedRCNNTransform):
 
 
 class ExactAnchors(AnchorGenerator):
-    """Anchors of exactly the given sizes: torchvision rounds corners to whole px, which at 10 px
-    changes area and aspect ratio by tens of per cent."""
+    """Anchors of exactly the configured sizes.
+
+    torchvision rounds their corners to whole pixels, which changes the area and the aspect ratio
+    of an anchor of 10 px by tens of per cent.
+    """
 
     def generate_anchors(
         self,
@@ -55,15 +59,15 @@ class ExactAnchors(AnchorGenerator):
 class AlignedRoIPool(MultiScaleRoIAlign):
     """RoIAlign that samples at pixel centres, as Detectron2's ROIAlignV2 does.
 
-    torchvision's own pooler is half a feature pixel off, 2 px in the image at stride 4.
+    torchvision's own pooler is off by half a feature pixel, 2 px of the image at stride 4.
 
     Args:
-        strides: px of each level to pool from, by name, from fine to coarse.
+        strides: stride of each level to pool from, in pixels, by name, from fine to coarse.
         resolution: side of the pooled maps.
-        sampling_ratio: samples per bin and axis; 0 adapts to the box.
+        sampling_ratio: samples per bin and axis; 0 adapts their number to the box.
 
-    Shape: features {name: (N, C, H / stride, W / stride)}, boxes N times (n, 4) XYXY in px ->
-    (sum of n, C, resolution, resolution).
+    Shape: features {name: (N, C, H / stride, W / stride)} and boxes (n_i, 4) XYXY in pixels for
+    each of N images -> (sum of n_i, C, resolution, resolution).
     """
 
     def __init__(self, strides: dict[str, int], resolution: int, sampling_ratio: int) -> None:
@@ -76,7 +80,7 @@ class AlignedRoIPool(MultiScaleRoIAlign):
         images = torch.cat([boxes[0].new_full((len(b), 1), i) for i, b in enumerate(boxes)])
         corners = torch.cat(boxes)
         rois = torch.cat([images, corners], dim=1)
-        # Equation 1 of FPN (arXiv 1612.03144): a box of 224 px belongs to level 4, stride 16.
+        # Equation 1 of FPN (arXiv 1612.03144): a box of side 224 belongs to level 4, of stride 16.
         wanted = 4 + (box_area(corners).sqrt() / 224 + 1e-8).log2().floor()
         levels = {name: int(math.log2(stride)) for name, stride in self.strides.items()}
         wanted = wanted.clamp(min(levels.values()), max(levels.values()))
@@ -95,15 +99,14 @@ class AlignedRoIPool(MultiScaleRoIAlign):
         return pooled
 
 
-def build_model(cfg: CfgNode) -> FasterRCNN:
+def build_model(cfg: CfgNode) -> GeneralizedRCNN:
     """Build the detector that a checked config describes, on the CPU, with random weights.
 
     It takes images (3, H, W) of any size with pixels from 0 to 255 in the order of INPUT.FORMAT.
     The pyramid is ``model.backbone``, the ViT ``model.backbone.net``.
 
     Raises:
-        ConfigError: sizes or feature names that do not fit together, an unknown part in
-            MODEL.DR2NET.LEAN.
+        ConfigError: sizes or feature names that do not fit together.
     """
     lean = lean_parts(cfg)
     with config_section("MODEL.VIT, MODEL.DR2NET"):
@@ -116,51 +119,61 @@ def build_model(cfg: CfgNode) -> FasterRCNN:
         backbone = SimpleFeaturePyramid(
             vit, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.VIT.SCALE_FACTORS, lean="pyramid" in lean
         )
-    anchors = _anchors(cfg, backbone)
-    head, rpn, roi, test = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS, cfg.TEST
-    channels = backbone.out_channels
-    model = FasterRCNN(
+    return GeneralizedRCNN(
         backbone,
-        rpn_anchor_generator=anchors,
-        rpn_head=RPNHead(channels, anchors.num_anchors_per_location()[0], len(rpn.CONV_DIMS)),
-        rpn_pre_nms_top_n_train=rpn.PRE_NMS_TOPK_TRAIN,
-        rpn_pre_nms_top_n_test=rpn.PRE_NMS_TOPK_TEST,
-        rpn_post_nms_top_n_train=rpn.POST_NMS_TOPK_TRAIN,
-        rpn_post_nms_top_n_test=rpn.POST_NMS_TOPK_TEST,
-        rpn_nms_thresh=rpn.NMS_THRESH,
-        rpn_bg_iou_thresh=rpn.IOU_THRESHOLDS[0],
-        rpn_fg_iou_thresh=rpn.IOU_THRESHOLDS[1],
-        rpn_batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
-        rpn_positive_fraction=rpn.POSITIVE_FRACTION,
-        box_roi_pool=AlignedRoIPool(
+        _build_rpn(cfg, backbone, "rpn" in lean),
+        _build_roi_heads(cfg, backbone, "roi" in lean),
+        DetectorTransform(
+            cfg.INPUT.MIN_SIZE_TEST,
+            cfg.INPUT.MAX_SIZE_TEST,
+            cfg.MODEL.PIXEL_MEAN,
+            cfg.MODEL.PIXEL_STD,
+            size_divisible=_size_divisible(cfg, backbone),
+        ),
+    )
+
+
+def _build_rpn(cfg: CfgNode, backbone: SimpleFeaturePyramid, lean: bool) -> RegionProposalNetwork:
+    rpn = cfg.MODEL.RPN
+    anchors = _anchors(cfg, backbone)
+    per_location = anchors.num_anchors_per_location()[0]
+    rpn_class = LeanRegionProposalNetwork if lean else RegionProposalNetwork
+    return rpn_class(
+        anchors,
+        RPNHead(backbone.out_channels, per_location, conv_depth=len(rpn.CONV_DIMS)),
+        fg_iou_thresh=rpn.IOU_THRESHOLDS[1],
+        bg_iou_thresh=rpn.IOU_THRESHOLDS[0],
+        batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=rpn.POSITIVE_FRACTION,
+        pre_nms_top_n={"training": rpn.PRE_NMS_TOPK_TRAIN, "testing": rpn.PRE_NMS_TOPK_TEST},
+        post_nms_top_n={"training": rpn.POST_NMS_TOPK_TRAIN, "testing": rpn.POST_NMS_TOPK_TEST},
+        nms_thresh=rpn.NMS_THRESH,
+    )
+
+
+def _build_roi_heads(cfg: CfgNode, backbone: SimpleFeaturePyramid, lean: bool) -> RoIHeads:
+    roi, head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    head_class = LeanBoxHead if lean else FastRCNNConvFCHead
+    return RoIHeads(
+        AlignedRoIPool(
             _pooled_strides(cfg, backbone), head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO
         ),
-        box_head=(LeanBoxHead if "roi" in lean else FastRCNNConvFCHead)(
-            (channels, head.POOLER_RESOLUTION, head.POOLER_RESOLUTION),
+        head_class(
+            (backbone.out_channels, head.POOLER_RESOLUTION, head.POOLER_RESOLUTION),
             [head.CONV_DIM] * head.NUM_CONV,
             [head.FC_DIM] * head.NUM_FC,
-            ChannelLayerNorm if head.NORM == "LN" else None,
+            norm_layer=ChannelLayerNorm if head.NORM == "LN" else None,
         ),
-        box_predictor=FastRCNNPredictor(head.FC_DIM, roi.NUM_CLASSES + 1),
-        box_score_thresh=roi.SCORE_THRESH_TEST,
-        box_nms_thresh=roi.NMS_THRESH_TEST,
-        box_detections_per_img=test.DETECTIONS_PER_IMAGE,
-        box_fg_iou_thresh=roi.IOU_THRESHOLDS[0],
-        box_bg_iou_thresh=roi.IOU_THRESHOLDS[0],
-        box_batch_size_per_image=roi.BATCH_SIZE_PER_IMAGE,
-        box_positive_fraction=roi.POSITIVE_FRACTION,
+        FastRCNNPredictor(head.FC_DIM, roi.NUM_CLASSES + 1),
+        fg_iou_thresh=roi.IOU_THRESHOLDS[0],
+        bg_iou_thresh=roi.IOU_THRESHOLDS[0],
+        batch_size_per_image=roi.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=roi.POSITIVE_FRACTION,
         bbox_reg_weights=tuple(head.BBOX_REG_WEIGHTS),
+        score_thresh=roi.SCORE_THRESH_TEST,
+        nms_thresh=roi.NMS_THRESH_TEST,
+        detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
-    if "rpn" in lean:
-        model.rpn.__class__ = LeanRegionProposalNetwork
-    model.transform = DetectorTransform(
-        cfg.INPUT.MIN_SIZE_TEST,
-        cfg.INPUT.MAX_SIZE_TEST,
-        cfg.MODEL.PIXEL_MEAN,
-        cfg.MODEL.PIXEL_STD,
-        size_divisible=_size_divisible(cfg, backbone),
-    )
-    return model
 
 
 def _size_divisible(cfg: CfgNode, backbone: SimpleFeaturePyramid) -> int:

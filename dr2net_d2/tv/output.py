@@ -1,4 +1,4 @@
-"""What a training leaves in OUTPUT_DIR while it runs: log.txt, metrics.json, TensorBoard events."""
+"""Files that a running training writes: log.txt, metrics.json and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _LOGGERS = ("dr2net_d2", "fvcore")
 
 
 class RunLog:
-    """A context that keeps this package's log lines until ``open`` says where log.txt goes.
+    """A context that holds log lines back until ``open`` names the folder for log.txt.
 
-    So a run that is refused leaves no file, and one that starts has its first lines on record.
+    So a run that is refused leaves no file, and the log of one that starts has its first lines.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class RunLog:
         self._file.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s: %(message)s"))
         self._memory.setTarget(self._file)
         self._memory.flush()
-        self._memory.capacity = 1  # line by line from here on
+        self._memory.capacity = 1  # written line by line from now on
 
     def __exit__(self, *_: object) -> None:
         for name in _LOGGERS:
@@ -47,11 +47,11 @@ class RunLog:
 
 
 class MetricWriter:
-    """Scalars to metrics.json, a JSON object a line as Detectron2 has it, and to TensorBoard.
+    """Writes scalars to TensorBoard, and to metrics.json as one JSON object per line.
 
     Args:
         output_dir: an existing folder.
-        start: the first iteration to come; lines from there on, of a run that was cut off, go.
+        start: first iteration of this run; later lines of an interrupted run are removed.
     """
 
     def __init__(self, output_dir: Path, start: int) -> None:
@@ -63,7 +63,7 @@ class MetricWriter:
         self._events = SummaryWriter(str(output_dir), purge_step=start)
 
     def write(self, iteration: int, scalars: Mapping[str, float], **notes: str) -> None:
-        """A line of both; the notes, which say what the scalars are, stand in metrics.json only."""
+        """Write the scalars of an iteration; only metrics.json gets the ``notes`` about them."""
         self._file.write(json.dumps({"iteration": iteration, **notes, **scalars}) + "\n")
         self._file.flush()
         for name, value in scalars.items():

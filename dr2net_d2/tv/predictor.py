@@ -1,4 +1,4 @@
-"""A trained detector of torchvision: loaded whole, and what it finds in an image."""
+"""The trained torchvision detector: load it, and detect in an image."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ def load_detector(cfg: CfgNode) -> nn.Module:
     """The trained detector of a checked config, in evaluation mode on MODEL.DEVICE.
 
     Raises:
-        UserError: the config cannot be used, or its weights are not those of the whole detector.
+        UserError: the config cannot be used, or MODEL.WEIGHTS is not a whole detector's.
     """
     model = build_model(cfg).to(cfg.MODEL.DEVICE)
     return load_weights(StrictCheckpointer, model, cfg.MODEL.WEIGHTS)
 
 
 def detect(model: nn.Module, image: Tensor, slicing: Slicing | None) -> Found:
-    """What a detector in evaluation mode finds in an image.
+    """Detect in an image, or in its tiles.
 
     Args:
-        model: of torchvision.
-        image: (3, H, W) uint8 on its device.
-        slicing: of TEST.TILES.
+        model: torchvision detector in evaluation mode.
+        image: (3, H, W) uint8 on the model's device.
+        slicing: TEST.TILES, None where it is not enabled.
 
     Returns:
-        labels are category indices from 0.
+        Boxes in pixels of the image, scores, and labels as category indices from 0.
     """
 
     def whole(images: list[Tensor]) -> list[Found]:
-        found = model([pixels.float() for pixels in images])
-        # torchvision's labels start with the background.
-        return [Found(one["boxes"], one["scores"], one["labels"] - 1) for one in found]
+        outputs = model([pixels.float() for pixels in images])
+        # torchvision's label 0 is the background.
+        return [Found(out["boxes"], out["scores"], out["labels"] - 1) for out in outputs]
 
     return slicing.detect(image, whole) if slicing else whole([image])[0]

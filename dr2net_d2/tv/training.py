@@ -1,4 +1,4 @@
-"""The training loop and the evaluation of torchvision's detectors, on one CPU or GPU."""
+"""Training loop and evaluation of the torchvision detector, on one CPU or GPU."""
 
 from __future__ import annotations
 
@@ -59,21 +59,24 @@ LOG_PERIOD = 20
 
 
 class Training:
-    """A training that can be cut off after any checkpoint and continued.
+    """A training that can be interrupted after any checkpoint and resumed.
 
-    On a CPU, with the same number of threads, it ends bit for bit as without the interruption.
+    On a CPU, with the same number of threads, the result is bit for bit that of an uninterrupted
+    training.
 
     Args:
         cfg: a checked config.
-        model: on its device; it gets the weights of MODEL.WEIGHTS, or of the last checkpoint.
+        model: on its device; takes the weights of MODEL.WEIGHTS, or of the last checkpoint.
         records: the training images.
-        seed: of the image stream; a resumed training keeps its own.
+        seed: of the image stream; a resumed training keeps the seed it was started with.
         resume: continue from the last checkpoint in OUTPUT_DIR, if there is one.
 
-    ``schedule``, progress in [0, 1] -> (alpha, beta), may be replaced before ``run``.
+    Attributes:
+        schedule: progress in [0, 1] -> (alpha, beta); may be replaced before ``run``.
 
     Raises:
-        UserError: what it is given does not fit together. Nothing is written before ``run``.
+        UserError: config, weights and images do not fit together. Nothing is written before
+            ``run``.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Training:
         self.model = model
         self.records = records
         choice = training_tiles(cfg)
-        # Drawn by the config's seed, or 0: a resumed training must have the same tiles.
+        # From the config's seed, or 0, because a resumed training must draw the same tiles.
         seed_of_tiles = max(cfg.SEED, 0)
         self.tiles = choose_training_tiles(records, choice, seed_of_tiles) if choice else None
         self.seed = seed
@@ -129,15 +132,22 @@ class Training:
         logger.info("Resuming after iteration %d", saved["iteration"])
 
     def run(self, test: Split | None, output_dir: Path) -> dict[str, dict[str, float]]:
-        """Train to MAX_ITER with checkpoints, logs and evaluations; returns the last metrics.
+        """Train to MAX_ITER with checkpoints, logs and evaluations.
+
+        Args:
+            test: the dataset to evaluate on, if there is one.
+            output_dir: an existing folder.
+
+        Returns:
+            {"bbox": metrics of the last evaluation}; empty without ``test``.
 
         Raises:
-            FloatingPointError: the training has diverged; the last checkpoint is from before that.
+            FloatingPointError: the training has diverged; the last checkpoint is still good.
         """
         max_iter, period = self.cfg.SOLVER.MAX_ITER, self.cfg.TEST.EVAL_PERIOD
         saver = PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
         window: dict[str, list[float]] = defaultdict(list)
-        # Shown on a terminal only; the log has a line every LOG_PERIOD iterations.
+        # Shown on terminals only; the log has a line every LOG_PERIOD iterations.
         progress = tqdm(initial=self.start, total=max_iter, dynamic_ncols=True, disable=None)
         with closing(MetricWriter(output_dir, self.start)) as writer, progress:
             clock = time.perf_counter()
@@ -172,16 +182,16 @@ class Training:
             return {"bbox": self._evaluate(test, output_dir, writer, max_iter - 1)}
 
     def _batches(self) -> DataLoader[Any]:
-        data, flip = self.cfg.INPUT, self.cfg.INPUT.RANDOM_FLIP == "horizontal"
+        data = self.cfg.INPUT
         lsj = data.LSJ
         jitter = Jitter(lsj.IMAGE_SIZE, lsj.MIN_SCALE, lsj.MAX_SCALE) if lsj.ENABLED else None
         stream = TrainingStream(
             self.records,
-            data.MIN_SIZE_TRAIN,
-            data.MAX_SIZE_TRAIN,
-            flip,
-            data.FORMAT,
-            self.seed,
+            shortest_sides=data.MIN_SIZE_TRAIN,
+            longest_side=data.MAX_SIZE_TRAIN,
+            flip=data.RANDOM_FLIP == "horizontal",
+            channel_order=data.FORMAT,
+            seed=self.seed,
             tiles=self.tiles,
             jitter=jitter,
             pixel_mean=self.cfg.MODEL.PIXEL_MEAN,
@@ -228,11 +238,10 @@ class Training:
 
 @torch.no_grad()
 def evaluate(cfg: CfgNode, model: nn.Module, test: Split, output_dir: Path) -> dict[str, float]:
-    """Detect on a test set, log and return the metrics of TEST.PROTOCOL.
+    """Run the detector on a test set; log and return the metrics of TEST.PROTOCOL.
 
-    Writes inference/coco_instances_results.json and inference/evaluation.json.
-
-    Leaves ``model`` in evaluation mode.
+    Writes inference/coco_instances_results.json and inference/evaluation.json into ``output_dir``,
+    and leaves ``model`` in evaluation mode.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -264,7 +273,7 @@ def _loader(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=as_lists,
         pin_memory=device.type == "cuda",
-        # Its own, as a loader that starts draws from it.
+        # A generator of its own, because a loader draws from it when it starts.
         generator=torch.Generator(),
         **kwargs,
     )

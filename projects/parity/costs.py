@@ -38,8 +38,14 @@ class Iteration:
     def __init__(self, arm: arms.Arm) -> None:
         self.training = prepare(arm, [], seed=1).training
         cfg, self.model = self.training.cfg, self.training.model.train()
-        sides = (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN)
-        stream = TrainingStream(self.training.records, *sides, False, cfg.INPUT.FORMAT, seed=1)
+        stream = TrainingStream(
+            self.training.records,
+            shortest_sides=cfg.INPUT.MIN_SIZE_TRAIN,
+            longest_side=cfg.INPUT.MAX_SIZE_TRAIN,
+            flip=False,
+            channel_order=cfg.INPUT.FORMAT,
+            seed=1,
+        )
         images, self.targets = as_lists([stream[i] for i in range(cfg.SOLVER.IMS_PER_BATCH)])
         self.images: list[Tensor] = [image.float() for image in images]
 

@@ -310,5 +310,5 @@ def test_the_engine_leaves_stock_detectors_stock(tmp_path, name, types):
     ],
 )
 def test_an_unknown_part_in_the_config_is_a_config_error(tmp_path, check):
-    with pytest.raises(ConfigError, match=r"MODEL.DR2NET.LEAN has 'heads'; list some of"):
+    with pytest.raises(ConfigError, match=r"LEAN is \['rpn', 'heads'\]; it must be a list of"):
         check(arguments(tmp_path, "MODEL.DR2NET.LEAN", "['rpn', 'heads']"))

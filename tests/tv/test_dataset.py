@@ -20,7 +20,14 @@ def records(dataset_cache):
 
 
 def stream(records, shortest_sides=(56, 64), flip=True, seed=1):
-    return TrainingStream(records, shortest_sides, 64, flip, "BGR", seed)
+    return TrainingStream(
+        records,
+        shortest_sides=shortest_sides,
+        longest_side=64,
+        flip=flip,
+        channel_order="BGR",
+        seed=seed,
+    )
 
 
 def batches(data, start, workers):
@@ -65,7 +72,9 @@ def test_boxes_follow_the_pixels_through_flip_and_resize(tmp_path):
         labels=np.array([3, 1, 0, 2]),
         iscrowd=np.array([False, False, False, True]),
     )
-    data = TrainingStream([record], (40,), 1000, True, "BGR", seed=0)
+    data = TrainingStream(
+        [record], shortest_sides=(40,), longest_side=1000, flip=True, channel_order="BGR", seed=0
+    )
     seen = set()
     for position in range(8):
         image, target = data[position]

@@ -40,7 +40,15 @@ def record(folder, boxes, iscrowd, height=40, width=60):
 
 
 def stream(records, flip=False, **options):
-    return TrainingStream(records, (0,), 1000, flip, "BGR", 1, **options)
+    return TrainingStream(
+        records,
+        shortest_sides=(0,),
+        longest_side=1000,
+        flip=flip,
+        channel_order="BGR",
+        seed=1,
+        **options,
+    )
 
 
 def test_tiles_show_their_pixels_and_objects_and_paint_what_they_cut(tmp_path):
@@ -158,8 +166,11 @@ def test_the_predictor_goes_over_tiles(tiny_cfg, tmp_path, dataset_cache):
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        ((*TILES, "INPUT.TILES.SIZE", "0"), r"INPUT.TILES: SIZE is 0"),
-        ((*SLICES, "TEST.TILES.OVERLAP", "1.0"), r"TEST.TILES: SIZE is 64 and OVERLAP 1"),
+        ((*TILES, "INPUT.TILES.SIZE", "0"), r"INPUT.TILES.SIZE is 0; it must be at least 1"),
+        (
+            (*SLICES, "TEST.TILES.OVERLAP", "1.0"),
+            r"TEST.TILES.OVERLAP is 1.0; it must be at least 0 and below 1",
+        ),
         (
             ("INPUT.LSJ.ENABLED", "True", "INPUT.LSJ.MIN_SCALE", "3.0"),
             r"INPUT.LSJ has IMAGE_SIZE 1024 and scales 3.0 to 2.0",
