@@ -144,7 +144,7 @@ class LazyExperiment:
     def _limits(self, split: str) -> dict[str, int]:
         """Those of an image, by path; the model's are a tile's where it sees tiles."""
         if split == "test" and "slicing" in self._own:
-            return {"dr2net.slicing.most": instantiate(self._own.slicing).most}
+            return {"dr2net.slicing.max_detections": instantiate(self._own.slicing).max_detections}
         if split == "train" and self.cfg.dataloader.train.dataset._target_ is tile_dicts:
             return {}
         return model_limits(self.model, split == "train")

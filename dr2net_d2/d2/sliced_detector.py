@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from dr2net_d2.config import build_slicing, training_tiles, value_of
-from dr2net_d2.data.slicing import Found, Slicing
+from dr2net_d2.data.slicing import Detections, Slicing
 from dr2net_d2.errors import ConfigError
 
 
@@ -62,10 +62,10 @@ class SlicedDetector(nn.Module):
             instances, given.get("height", height), given.get("width", width)
         )
 
-    def _detect(self, parts: list[Tensor]) -> list[Found]:
+    def _detect(self, parts: list[Tensor]) -> list[Detections]:
         found = self.model([self._resized(part) for part in parts])
         instances = (one["instances"] for one in found)
-        return [Found(i.pred_boxes.tensor, i.scores, i.pred_classes) for i in instances]
+        return [Detections(i.pred_boxes.tensor, i.scores, i.pred_classes) for i in instances]
 
     def _resized(self, part: Tensor) -> dict[str, Any]:
         height, width = part.shape[1:]
