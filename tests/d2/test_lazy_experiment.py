@@ -162,7 +162,7 @@ TILES = """
 from detectron2.config import LazyCall as L
 from dr2net_d2.d2.data import tile_dicts
 from dr2net_d2.data.tiling import Grid
-from dr2net_d2.slicing import Slicing
+from dr2net_d2.data.slicing import Slicing
 
 large = "small_digits_val_n1_s128_d6"
 dataloader.train.dataset = L(tile_dicts)(names=large, size=64, min_visible=0.5)
