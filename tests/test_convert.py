@@ -100,7 +100,9 @@ def test_fitted_to_a_config(capsys):
         == 0
     )
     text = capsys.readouterr().out
-    assert "learned anew (16): blocks.*.attn.rel_pos_h (8x), blocks.*.attn.rel_pos_w (8x)" in text
+    assert (
+        "newly initialized (16): blocks.*.attn.rel_pos_h (8x), blocks.*.attn.rel_pos_w (8x)" in text
+    )
     _, shown = printed_config(text)
     assert shown["PATCH_SIZE"] == cfg.MODEL.VIT.PATCH_SIZE
     out = read_checkpoint("out.pth")["model"]
@@ -146,7 +148,7 @@ def test_keys_are_allowed_by_pattern():
         (["in.pth", "out.pth", "--config-file", "none.yaml"], ["none.yaml", "does not exist"]),
         (
             ["in.pth", "out.pth", "--config-file", QUICKSTART],
-            ["embed_dim is 32 in the weights, the model's 96", "depth is 2 in the weights"],
+            ["embed_dim is 32 in the weights, but 96 in the model", "depth is 2 in the weights"],
         ),
     ],
 )

@@ -117,7 +117,7 @@ def clone(tmp_path, monkeypatch, detector, tmp_path_factory):
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     for name, folder in (("visdrone", "datasets/VisDrone"), ("yolo", "my_yolo"), ("voc", "my_voc")):
         Path(folder).mkdir(parents=True)
-        FORMATS[name].samples(Path(folder))
+        FORMATS[name].write_sample(Path(folder))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DR2NET_CACHE", str(tmp_path_factory.getbasetemp() / "docs"))
     if ENGINE == "detectron2":

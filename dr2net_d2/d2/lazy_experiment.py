@@ -148,7 +148,8 @@ class LazyExperiment(Experiment):
     def _box_limits(self, split: Split) -> dict[str, int]:
         """The model's own limits count per tile where it sees tiles, so they are left out there."""
         if split == "test" and "slicing" in self._dr2net:
-            return {"dr2net.slicing.most": instantiate(self._dr2net["slicing"]).most}
+            slicing = instantiate(self._dr2net["slicing"])
+            return {"dr2net.slicing.max_detections": slicing.max_detections}
         if split == "train" and self.cfg.dataloader.train.dataset._target_ is tile_dicts:
             return {}
         return model_limits(self.model, training=split == "train")

@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from dr2net_d2.config import build_slicing, training_tiles, value_of
-from dr2net_d2.data.slicing import Found, Slicing
+from dr2net_d2.data.slicing import DetectedBoxes, Slicing
 from dr2net_d2.errors import ConfigError
 
 
@@ -62,10 +62,10 @@ class SlicedDetector(nn.Module):
             instances, inputs.get("height", height), inputs.get("width", width)
         )
 
-    def _detect(self, tiles: list[Tensor]) -> list[Found]:
+    def _detect(self, tiles: list[Tensor]) -> list[DetectedBoxes]:
         outputs = self.model([self._resized(tile) for tile in tiles])
         instances = (output["instances"] for output in outputs)
-        return [Found(i.pred_boxes.tensor, i.scores, i.pred_classes) for i in instances]
+        return [DetectedBoxes(i.pred_boxes.tensor, i.scores, i.pred_classes) for i in instances]
 
     def _resized(self, tile: Tensor) -> dict[str, Any]:
         height, width = tile.shape[1:]

@@ -1,4 +1,4 @@
-"""Datasets in COCO format, for any engine; no detector framework is imported here."""
+"""Detection datasets in COCO format; no detector framework is imported here."""
 
 from pathlib import Path
 
@@ -38,15 +38,15 @@ _registered: dict[str, tuple[Path, Path]] = {}
 
 
 def register_coco_json(name: str, json_file: str | Path, image_root: str | Path) -> None:
-    """Give a COCO-format dataset a name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+    """Register a COCO-format dataset under a name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
 
     Args:
-        name: the new name. Registering the same files under it again changes nothing.
-        json_file: the annotation file; it is read when the dataset is used.
-        image_root: the folder that the JSON's ``file_name`` values are relative to.
+        name: the new name; registering the same files under it again changes nothing.
+        json_file: the annotation file, which is read when the dataset is used.
+        image_root: the folder that ``file_name`` in the JSON is relative to.
 
     Raises:
-        DatasetError: the name already stands for other files.
+        DatasetError: the name is taken by other files.
     """
     files = (Path(json_file), Path(image_root))
     taken = name in (*_COCO_SPLITS, *NAMES) or name.startswith(_SMALL_DIGITS)
@@ -59,15 +59,15 @@ def register_coco_json(name: str, json_file: str | Path, image_root: str | Path)
 def resolve_dataset(name: str) -> tuple[Path, Path]:
     """Find the annotation file and the image folder of a named dataset.
 
-    "small_digits_*" makes its canvases at the first use. "coco_2017_*", "visdrone_*", "aitod_*",
-    "aitodv2_*" and "tinyperson_*" lie in their original layout under $DETECTRON2_DATASETS (default
-    "datasets"); all but COCO are converted at the first use, and again when they have changed. A
-    name that ends in ".json" is a file whose images lie below its own folder. ``load_coco`` checks
-    that the files are there.
+    "small_digits_*" is drawn at its first use. "coco_2017_*", "visdrone_*", "aitod_*", "aitodv2_*"
+    and "tinyperson_*" are looked for in their original layout under $DETECTRON2_DATASETS (default:
+    "datasets"); all but COCO are converted at their first use and whenever they have changed. A
+    name that ends in ".json" is a file whose images are below its own folder. Whether the files
+    exist is checked by ``load_coco``.
 
     Raises:
-        DatasetError: the name is not known, a SmallDigits dataset cannot be made, or an original
-            has bad entries.
+        DatasetError: the name is unknown, a SmallDigits dataset cannot be drawn, or the original
+            files have bad entries.
     """
     if name.startswith(_SMALL_DIGITS):
         return make_small_digits(small_digits_from_name(name))

@@ -1,7 +1,4 @@
-"""Detection data in COCO format, checked in full before any training starts.
-
-No detector framework is imported: both engines read their images and boxes from here.
-"""
+"""Datasets in COCO format, checked completely before any training starts."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +26,8 @@ class CocoRecord:
         width: image width in pixels.
         boxes: ``(n, 4)`` float32, XYXY in pixels, as annotated: a box may reach over the edge.
         labels: ``(n,)`` int64, contiguous category indices from 0.
-        iscrowd: ``(n,)`` bool, true where a box is no object to be found: a crowd, or something
-            that the dataset wants to be ignored.
-        ignore_regions: ``(m, 4)`` float32, XYXY in pixels: parts where nothing is annotated.
+        iscrowd: ``(n,)`` bool, true for a crowd and for whatever else the dataset wants ignored.
+        ignore_regions: ``(m, 4)`` float32, XYXY in pixels: regions without annotations.
     """
 
     file_name: str
@@ -49,10 +45,10 @@ class CocoDataset:
     """A validated COCO-format dataset.
 
     Attributes:
-        categories: category names in contiguous order, that of ascending JSON ids.
-        category_ids: the JSON id of every contiguous category index.
-        records: one record per image, in the order of the JSON, images without objects included.
-        dropped: number of annotations left out because their box has zero width or height.
+        categories: category names, sorted by their ids in the JSON.
+        category_ids: the id of each category in the JSON.
+        records: one record per image, in the order of the JSON, with or without objects.
+        dropped: number of annotations left out because their box has no width or height.
     """
 
     categories: tuple[str, ...]
@@ -62,22 +58,22 @@ class CocoDataset:
 
     @property
     def densest(self) -> int:
-        """Objects of the image that has most, crowds apart."""
+        """Number of objects, without crowds, in the image that has the most."""
         return max(int((~record.iscrowd).sum()) for record in self.records)
 
 
 def load_coco(json_file: str | Path, image_root: str | Path) -> CocoDataset:
     """Load and check a COCO-format detection dataset; pixels are not read.
 
-    Boxes of zero width or height, of which COCO train 2017 has a few, are left out and counted.
+    Boxes without width or height, of which COCO train 2017 has a few, are left out and counted.
 
     Args:
         json_file: the annotation file.
-        image_root: the folder that the JSON's ``file_name`` values are relative to.
+        image_root: the folder that ``file_name`` in the JSON is relative to.
 
     Raises:
-        DatasetError: one line that names the file, the image or annotation, the offending value
-            and what to do.
+        DatasetError: the message names the file, the image or annotation, the wrong value and
+            what to do, in one line.
     """
     document = read_json(Path(json_file))
 
@@ -119,11 +115,11 @@ def read_image(record: CocoRecord) -> np.ndarray:
     """Read a record's pixels.
 
     Returns:
-        ``(height, width, 3)`` uint8, BGR as OpenCV and Detectron2 have it. A rotation in the
-        file's EXIF data is applied.
+        ``(height, width, 3)`` uint8, BGR as in OpenCV and Detectron2. A rotation in the file's
+        EXIF data is applied.
 
     Raises:
-        DatasetError: the file cannot be read, or its size is not that of the JSON.
+        DatasetError: the file cannot be read, or its size differs from that in the JSON.
     """
     where = f"{record.file_name}: image {record.image_id}"
     image = read_pixels(record.file_name, where)
@@ -141,7 +137,7 @@ def read_pixels(file: str | Path, where: str = "") -> np.ndarray:
 
     Args:
         file: its path.
-        where: how an error is to name it; the path unless given.
+        where: what an error calls it; the path by default.
 
     Raises:
         DatasetError: the file cannot be read.
@@ -152,7 +148,7 @@ def read_pixels(file: str | Path, where: str = "") -> np.ndarray:
     except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
         problem = getattr(error, "strerror", None) or error
         raise DatasetError(f"{where}: {problem}; restore the file") from None
-    # OpenCV raises on an empty buffer and returns None on anything else that is no image.
+    # OpenCV raises on an empty buffer, but returns None for anything else that is not an image.
     image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
     if image is None or _is_cut_jpeg(data.tobytes()):
         raise DatasetError(
@@ -162,11 +158,12 @@ def read_pixels(file: str | Path, where: str = "") -> np.ndarray:
 
 
 def _is_cut_jpeg(data: bytes) -> bool:
-    """Whether a JPEG lacks its end marker; OpenCV 4 fills what is missing with grey."""
+    """Whether a JPEG lacks its end marker; OpenCV 4 fills the missing part with grey."""
     if not data.startswith(b"\xff\xd8"):
         return False
-    # Headers are skipped by their length: a thumbnail in them has an end marker of its own.
-    at = 2
-    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return data.find(b"\xff\xd9", at) < 0
+    # Skip the headers, because a thumbnail in them has an end marker of its own.
+    position, marker = 2, data[2:4]
+    while marker[:1] == b"\xff" and marker != b"\xff\xda":  # the start of the pixels
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        marker = data[position : position + 2]
+    return data.find(b"\xff\xd9", position) < 0

@@ -1,7 +1,7 @@
-"""The tables of a COCO-format JSON, and everything that can be wrong with their rows.
+"""The tables of a COCO-format JSON, with checks for everything that can be wrong in their rows.
 
 Besides COCO's own tables there may be "ignore_regions": rows with "id", "image_id" and "bbox" of
-image parts where nothing is annotated, whatever its class.
+regions in which no object of any class is annotated.
 """
 
 import json
@@ -18,8 +18,8 @@ from dr2net_d2.errors import DatasetError
 
 Row = dict[str, Any]
 Report = Callable[[str], object]
-"""What is called with each problem, "annotation 12: bbox is ...; it must be ...". It may raise;
-if it does not, the row is left out."""
+"""Called with each problem, such as "annotation 12: bbox is ...; it must be ...". It may raise; if
+it returns, the row is left out."""
 
 _SINGULAR = {
     "images": "image",
@@ -40,12 +40,12 @@ class BoxTable:
     """Rows with a box, in the order of the JSON.
 
     Attributes:
-        rows: n of them.
+        rows: n rows.
         boxes: ``(n, 4)`` float32, XYXY in pixels.
-        empty: ``(n,)`` bool, true where a box has zero width or height.
-        image_index: ``(n,)`` int64, the position of the row's image.
-        order: the rows that are not empty, by image.
-        bounds: where in ``order`` the rows of each image begin, and the end.
+        empty: ``(n,)`` bool, true where a box has no width or height.
+        image_index: ``(n,)`` int64, the index of each row's image.
+        order: indices of the rows whose box is not empty, sorted by image.
+        bounds: ``(images + 1,)``; image i has ``order[bounds[i] : bounds[i + 1]]``.
     """
 
     rows: list[Row]
@@ -56,19 +56,19 @@ class BoxTable:
     bounds: np.ndarray
 
     def of_image(self, index: int) -> np.ndarray:
-        """The positions of an image's rows, without those with an empty box."""
+        """Indices of an image's rows whose box is not empty."""
         return self.order[self.bounds[index] : self.bounds[index + 1]]
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """What ``check_tables`` found to be good.
+    """The rows that can be used.
 
     Attributes:
         categories: by ascending id.
         images: in the order of the JSON.
         objects: the annotations.
-        labels: ``(n,)`` int64, the position of each annotation's category.
+        labels: ``(n,)`` int64, the index of each annotation's category.
         iscrowd: ``(n,)`` bool.
         regions: the ignore regions.
     """
@@ -82,10 +82,10 @@ class Tables:
 
 
 def read_json(json_file: Path) -> Row:
-    """The top level of a COCO-format JSON.
+    """Read a COCO-format JSON.
 
     Raises:
-        DatasetError: no such file, no JSON, or no object.
+        DatasetError: the file does not exist, is not JSON, or its top level is not an object.
     """
     try:
         document = json.loads(json_file.read_bytes())
@@ -108,7 +108,7 @@ def read_json(json_file: Path) -> Row:
 
 
 def check_tables(document: Row, report: Report) -> Tables:
-    """Check all rows of all tables; only whether the images are there is not looked at."""
+    """Check all rows of all tables, but not whether the image files exist."""
     categories = sorted(_rows(document, "categories", report), key=lambda row: row["id"])
     images = [row for row in _rows(document, "images", report) if _is_image(row, report)]
     annotations = _rows(document, "annotations", report)
@@ -137,9 +137,9 @@ def check_tables(document: Row, report: Report) -> Tables:
 
 
 def missing_files(files: Sequence[str]) -> list[int]:
-    """The positions of the files that do not exist."""
+    """Indices of the files that do not exist."""
     missing = []
-    # One listing a folder: asking for each file takes minutes on a network disk.
+    # One listing per folder, because asking for each file takes minutes on a network disk.
     listings: dict[str, set[str]] = {}
     for index, file in enumerate(files):
         folder, base = os.path.split(file)
@@ -156,16 +156,16 @@ def judge_boxes(
     """Which boxes can be used.
 
     Args:
-        xywh: ``(n, 4)`` float64.
-        image_sizes: ``(n, 2)``, or (2,): width and height of each box's image.
+        xywh: ``(n, 4)`` float64, x, y, width, height in pixels.
+        image_sizes: ``(n, 2)`` or ``(2,)``, width and height of each box's image.
 
     Returns:
-        ``(n, 4)`` float32 XYXY; ``(n,)`` bool, true where a box is empty; what is wrong with each
-        box, "" where nothing is. A box may reach over the edge of its image.
+        The boxes, ``(n, 4)`` float32 XYXY; which are empty, ``(n,)`` bool; and the problem of each
+        box, "" if it can be used. A box may reach over the edge of its image.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32)
-    # Judged in float32: a width of 1e-6 at x = 500 is none for those who read these boxes.
+    # In float32, as these boxes are used: there a width of 1e-6 at x = 500 is no width.
     empty = np.any(boxes[:, 2:] <= boxes[:, :2], axis=1)
     outside = np.any((boxes[:, 2:] <= 0) | (boxes[:, :2] >= image_sizes), axis=1) & ~empty
     negative = np.any(xywh[:, 2:] < 0, axis=1)
@@ -182,7 +182,7 @@ def judge_boxes(
 
 
 def _rows(document: Row, table: str, report: Report) -> list[Row]:
-    """One table of the JSON: its rows are objects with all keys and distinct integer ids."""
+    """The rows of a table that are objects with all keys and distinct integer ids."""
     if table not in document:
         report(
             f'key "{table}" is missing, found {reprlib.repr(sorted(document))};'
@@ -249,7 +249,7 @@ def _listing(folder: str) -> set[str]:
 
 
 def _refers(row: Row, key: str, index: dict[int, int], table: str, report: Report) -> bool:
-    """Whether a row's key is the id of a row of another table, of which ``index`` has the ids."""
+    """Whether the value of a row's key is an id in ``index``, the ids of another table."""
     value = row[key]
     if type(value) is int and value in index:
         return True
@@ -280,7 +280,7 @@ def _has_box(row: Row, singular: str, report: Report) -> bool:
 
 
 def _as_floats(boxes: list[list[float]]) -> np.ndarray:
-    """``(n, 4)`` float64; infinite where an integer is too large."""
+    """``(n, 4)`` float64; integers that are too large become infinite."""
     try:
         return np.array(boxes, dtype=np.float64).reshape(-1, 4)
     except OverflowError:

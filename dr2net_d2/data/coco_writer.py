@@ -1,4 +1,4 @@
-"""Detection data written in COCO format."""
+"""Writing of datasets in COCO format."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,11 +12,11 @@ Annotated = (
     tuple[str, np.ndarray, np.ndarray, np.ndarray]
     | tuple[str, np.ndarray, np.ndarray, np.ndarray, Sequence[np.ndarray]]
 )
-"""File name, ``(height, width, 3)`` uint8 BGR, boxes ``(n, 4)`` XYXY in whole pixels where masks
-come with them, labels ``(n,)``, perhaps the objects' masks, ``(h, w)`` bool each within its box."""
+"""File name; image, ``(height, width, 3)`` uint8 BGR; boxes, ``(n, 4)`` XYXY in pixels; labels,
+``(n,)``; optionally n masks, ``(h, w)`` bool, each as large as its box, which is then integer."""
 
-_FINER = 8
-"""Mask pixels are divided by this on a side, so that outlines run close to their edges."""
+_SUBDIVISION = 8
+"""Mask pixels are divided into so many per side, so that outlines run close to their edges."""
 
 
 def write_coco(
@@ -26,13 +26,14 @@ def write_coco(
     categories: Sequence[str],
     info: Mapping[str, str] | None = None,
 ) -> None:
-    """Write images as they come, and their objects at the end.
+    """Write images one at a time, and the JSON at the end.
 
     Args:
-        json_file: the annotation file. Ids of images, objects and categories begin at 1.
-        image_root: the folder for images; it is made, its parents too.
-        images: what is written. A file name's ending is the format, best one without loss.
-        categories: their names; a label is a place among them, from 0.
+        json_file: the annotation file. Ids of images, objects and categories start at 1.
+        image_root: the folder for images; it is made if it does not exist.
+        images: images and objects. The suffix of a file name decides on the file's format, which
+            should be a lossless one.
+        categories: category names; a label is an index into them.
         info: the JSON's "info".
     """
     image_root.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,7 @@ def write_coco(
 
 
 def _outline(mask: np.ndarray, x0: float, y0: float) -> list[list[float]]:
-    """COCO polygons [x, y, x, y, ...] around the parts of a mask whose corner is (x0, y0)."""
-    fine = mask.repeat(_FINER, axis=0).repeat(_FINER, axis=1).astype(np.uint8)
+    """COCO polygons x, y, x, y, ... around a mask whose top left corner is (x0, y0)."""
+    fine = mask.repeat(_SUBDIVISION, axis=0).repeat(_SUBDIVISION, axis=1).astype(np.uint8)
     outlines, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return [((line[:, 0] + 0.5) / _FINER + (x0, y0)).ravel().tolist() for line in outlines]
+    return [((line[:, 0] + 0.5) / _SUBDIVISION + (x0, y0)).ravel().tolist() for line in outlines]

@@ -1,4 +1,4 @@
-"""Look into detection datasets, convert them, draw them.
+"""Inspect detection datasets, convert them, draw them.
 
     python -m dr2net_d2.data inspect visdrone_val
     python -m dr2net_d2.data convert my_yolo my_yolo.json --part train
@@ -6,8 +6,8 @@
     python -m dr2net_d2.data draw my_yolo.json my_yolo.png
     python -m dr2net_d2.data sample dota dota_sample
 
-A SOURCE is a name as in DATASETS.TRAIN, a dataset's folder, or its JSON or YAML file; its format is
-found out where only one fits. Nothing of a dataset is changed.
+A SOURCE is a name as in DATASETS.TRAIN, a dataset's folder, or its JSON or YAML file. Its format is
+detected if only one fits. The files of a SOURCE are never changed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ import cv2
 from dr2net_d2.data import resolve_dataset
 from dr2net_d2.data.coco import CocoDataset
 from dr2net_d2.data.contact_sheet import contact_sheet
-from dr2net_d2.data.conversion import aside, convert_from, convert_to_coco
-from dr2net_d2.data.formats import FORMATS, BadEntries, Format, Layout, find_layout
+from dr2net_d2.data.conversion import convert_from, convert_to_coco, scratch_folder_for
+from dr2net_d2.data.formats import FORMATS, BadEntries, DatasetFormat, Layout, find_layout
 from dr2net_d2.data.inspection import describe, report
 from dr2net_d2.data.originals import NAMES, find_original
 from dr2net_d2.errors import ConfigError, DatasetError, run_command
 
 logger = logging.getLogger(__name__)
 
-PICTURES = (".jpg", ".png")
-MOST_IMAGES = 400
+PICTURE_SUFFIXES = (".jpg", ".png")
+MAX_IMAGES = 400
+MAX_SIDE = 4096
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,7 +51,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the arguments say.
+    """Run the command that the arguments name.
 
     Raises:
         UserError: an option or a dataset cannot be used.
@@ -63,24 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def open_source(
-    source: str, format_name: str | None = None, part: str | None = None
-) -> tuple[Format, Layout]:
+    source: str, format_name: str | None = None, split: str | None = None
+) -> tuple[DatasetFormat, Layout]:
     """The format and the files of a SOURCE.
 
     Raises:
-        DatasetError: it leads to no dataset, or may be more than one.
+        DatasetError: it leads to no dataset, or to several.
     """
     if source in NAMES:
         return find_original(source)
     path = Path(source).expanduser()
     if path.exists() or format_name is not None:
-        return find_layout(path, format_name, part)
+        return find_layout(path, format_name, split)
     json_file, image_root = resolve_dataset(source)
     return FORMATS["coco"], Layout(json_file, image_root)
 
 
-def load_source(data_format: Format, layout: Layout) -> tuple[CocoDataset, BadEntries]:
-    """A dataset without the entries that cannot be used, and those."""
+def load_source(data_format: DatasetFormat, layout: Layout) -> tuple[CocoDataset, BadEntries]:
+    """A dataset without its bad entries, and these."""
     with tempfile.TemporaryDirectory() as folder:
         json_file = Path(folder) / "dataset.json"
         return convert_to_coco(data_format, layout, json_file, layout.images, skip_bad=True)
@@ -88,9 +89,9 @@ def load_source(data_format: Format, layout: Layout) -> tuple[CocoDataset, BadEn
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a name, a folder, a JSON or YAML file")
-    parser.add_argument("--format", choices=FORMATS, help="found out unless given")
+    parser.add_argument("--format", choices=FORMATS, help="detected by default")
     parser.add_argument(
-        "--part", metavar="NAME", help="train, val, ...; needed where a folder has more than one"
+        "--part", metavar="NAME", help="train, val, ...; needed if SOURCE has more than one split"
     )
 
 
@@ -114,9 +115,11 @@ def _add_convert(commands: Any) -> None:
     parser = commands.add_parser("convert", help="write COCO-format JSON, or another format")
     _add_source(parser)
     parser.add_argument(
-        "output", metavar="OUT", help="a .json; with --to a new folder, which gets the images, too"
+        "output",
+        metavar="OUT",
+        help="a .json file; with --to a new folder for annotations and copies of the images",
     )
-    parser.add_argument("--to", choices=FORMATS, help="write this format")
+    parser.add_argument("--to", choices=FORMATS, help="the format to write")
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out entries that cannot be used"
     )
@@ -144,24 +147,30 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _add_draw(commands: Any) -> None:
-    parser = commands.add_parser("draw", help="draw images with their boxes into one picture")
+    parser = commands.add_parser("draw", help="draw images and their boxes into one picture")
     _add_source(parser)
-    parser.add_argument("output", metavar="OUT", help=f"ends with {' or '.join(PICTURES)}")
+    parser.add_argument("output", metavar="OUT", help=f"a {' or '.join(PICTURE_SUFFIXES)} file")
     parser.add_argument("--images", type=int, default=9, metavar="N", help="default: 9")
-    parser.add_argument("--side", type=int, default=480, metavar="PX", help="of each, default: 480")
+    parser.add_argument(
+        "--side", type=int, default=480, metavar="PX", help="of an image, default: 480"
+    )
     parser.set_defaults(run=_draw)
 
 
 def _draw(args: argparse.Namespace) -> None:
     output = Path(args.output).expanduser()
-    if output.suffix.lower() not in PICTURES:
-        raise ConfigError(f"OUT is {args.output!r}; it must end with {' or '.join(PICTURES)}")
-    for name, value, most in (("images", args.images, MOST_IMAGES), ("side", args.side, 4096)):
-        if not 1 <= value <= most:
-            raise ConfigError(f"--{name} is {value}; it must be from 1 to {most}")
+    if output.suffix.lower() not in PICTURE_SUFFIXES:
+        suffixes = " or ".join(PICTURE_SUFFIXES)
+        raise ConfigError(f"OUT is {args.output!r}; it must end with {suffixes}")
+    for option, value, maximum in (
+        ("--images", args.images, MAX_IMAGES),
+        ("--side", args.side, MAX_SIDE),
+    ):
+        if not 1 <= value <= maximum:
+            raise ConfigError(f"{option} is {value}; it must be from 1 to {maximum}")
     dataset, bad = load_source(*open_source(args.source, args.format, args.part))
     picture = contact_sheet(dataset, args.images, args.side)
-    with aside(output) as scratch:
+    with scratch_folder_for(output) as scratch:
         written = scratch / output.name
         written.write_bytes(cv2.imencode(output.suffix, picture)[1].tobytes())
         written.replace(output)
@@ -169,9 +178,11 @@ def _draw(args: argparse.Namespace) -> None:
 
 
 def _add_sample(commands: Any) -> None:
-    parser = commands.add_parser("sample", help="write a small dataset, to see a format's layout")
+    parser = commands.add_parser(
+        "sample", help="write a small dataset that shows a format's layout"
+    )
     parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
-    parser.add_argument("output", metavar="FOLDER", help="a new one")
+    parser.add_argument("output", metavar="FOLDER", help="a new folder")
     parser.set_defaults(run=_sample)
 
 
@@ -179,9 +190,9 @@ def _sample(args: argparse.Namespace) -> None:
     folder = Path(args.output).expanduser()
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; name a new folder")
-    with aside(folder) as scratch:
+    with scratch_folder_for(folder) as scratch:
         written = scratch / folder.name
         written.mkdir()
-        FORMATS[args.format].samples(written)
+        FORMATS[args.format].write_sample(written)
         written.rename(folder)
     logger.info("wrote %s", folder)

@@ -1,4 +1,4 @@
-"""A dataset's images with their boxes, side by side in one picture."""
+"""One picture with images of a dataset side by side, and their boxes."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _HATCH_STEP = 10
 
 
 def label_colour(label: int) -> tuple[int, int, int]:
-    """BGR; hues by the golden ratio, so that neighbouring labels differ most."""
+    """BGR colour of a class. Hues advance by the golden ratio, so neighbouring labels differ."""
     red, green, blue = colorsys.hsv_to_rgb(0.12 + label * 0.618034, 0.8, 1.0)
     return round(255 * blue), round(255 * green), round(255 * red)
 
 
 def choose(records: Sequence[CocoRecord], count: int) -> list[CocoRecord]:
-    """Images spread evenly over a dataset, those without anything in them only if need be."""
+    """Images spread evenly over a dataset; images without annotations only if too few have any."""
     full = [record for record in records if len(record.boxes) or len(record.ignore_regions)]
     chosen = full if len(full) >= count else [*records]
-    places = np.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().astype(int)
-    return [chosen[place] for place in places]
+    indices = np.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().astype(int)
+    return [chosen[index] for index in indices]
 
 
 def contact_sheet(dataset: CocoDataset, count: int, side: int) -> np.ndarray:
-    """Draw images in a grid: boxes in their class's colour, ignored ones grey, regions hatched.
+    """Draw images in a grid. Boxes have their class's colour; boxes to be ignored are grey.
 
     Args:
-        dataset: whose images.
-        count: how many.
-        side: of a cell, in px; an image is scaled to fit, small ones by a whole number.
+        dataset: the dataset.
+        count: number of images.
+        side: side of a grid cell, in pixels. Images are scaled to fit, small ones by an integer.
 
     Returns:
         ``(height, width, 3)`` uint8, BGR.
@@ -72,12 +72,12 @@ def _cell(record: CocoRecord, side: int) -> np.ndarray:
     picture = cv2.resize(read_image(record), size, interpolation=method)
     for box in np.rint(record.ignore_regions * scale).astype(int).tolist():
         _hatch(picture, box)
-    order = np.argsort(~record.iscrowd, kind="stable")  # ignored ones below the others
+    order = np.argsort(~record.iscrowd, kind="stable")  # ignored ones first, so others cover them
     for index in order:
         x0, y0, x1, y1 = np.rint(record.boxes[index] * scale).astype(int).tolist()
         ignored = bool(record.iscrowd[index])
         colour = (150, 150, 150) if ignored else label_colour(int(record.labels[index]))
-        # Around the object, so that a small one stays to be seen.
+        # Around the object, so that a small one stays visible.
         cv2.rectangle(picture, (x0 - 1, y0 - 1), (x1, y1), colour, 1)
         if ignored:
             cv2.line(picture, (x0, y0), (x1, y1), colour, 1)
@@ -88,14 +88,14 @@ def _hatch(picture: np.ndarray, box: list[int]) -> None:
     height, width = picture.shape[:2]
     x0, y0 = max(box[0], 0), max(box[1], 0)
     x1, y1 = min(box[2], width), min(box[3], height)
-    part = picture[y0:y1, x0:x1]
-    lines = np.add.outer(np.arange(part.shape[0]), np.arange(part.shape[1])) % _HATCH_STEP < 2
-    part[lines] = _HATCH
+    region = picture[y0:y1, x0:x1]
+    rows, columns = np.ogrid[: region.shape[0], : region.shape[1]]
+    region[(rows + columns) % _HATCH_STEP < 2] = _HATCH
     cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), _HATCH, 1)
 
 
 def _legend(names: Sequence[str], width: int) -> np.ndarray:
-    """One line or more: the colour of every class, and the signs for what is ignored."""
+    """Lines with the colour of each class, and the signs for ignored boxes and regions."""
     entries = [(name, label_colour(label)) for label, name in enumerate(names)]
     entries += [("to be ignored", (150, 150, 150)), ("ignore region", _HATCH)]
     placed, x, y = [], _GAP, 0
@@ -112,6 +112,5 @@ def _legend(names: Sequence[str], width: int) -> np.ndarray:
             _hatch(legend, [left, top + 2, left + 13, top + 15])
         else:
             cv2.rectangle(legend, (left, top + 2), (left + 12, top + 14), colour, cv2.FILLED)
-        place = (left + 18, top + 13)
-        cv2.putText(legend, name, place, _FONT, 0.42, _INK, 1, cv2.LINE_AA)
+        cv2.putText(legend, name, (left + 18, top + 13), _FONT, 0.42, _INK, 1, cv2.LINE_AA)
     return legend

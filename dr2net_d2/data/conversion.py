@@ -1,4 +1,4 @@
-"""From any format to COCO-format JSON and back; a file or folder appears whole or not at all."""
+"""Conversion between formats. A file or folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from dr2net_d2.data.coco import CocoDataset, load_coco
 from dr2net_d2.data.coco_tables import Row
-from dr2net_d2.data.formats import BadEntries, Format, Layout, Source
+from dr2net_d2.data.formats import BadEntries, DatasetFormat, LabelledDataset, Layout
 from dr2net_d2.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
 
 def convert_to_coco(
-    data_format: Format,
+    data_format: DatasetFormat,
     layout: Layout,
     json_file: Path,
     image_root: Path,
@@ -30,28 +30,27 @@ def convert_to_coco(
 ) -> tuple[CocoDataset, BadEntries]:
     """Write a dataset as COCO-format JSON; the images stay where they are.
 
-    What COCO has no key for is in "attributes" of images, annotations and "info"; regions in which
-    nothing is annotated are in a table "ignore_regions".
+    Facts that COCO has no key for go into "attributes" of images, annotations and "info"; regions
+    without annotations go into a table "ignore_regions".
 
     Args:
-        data_format: the dataset's.
-        layout: where it lies.
-        json_file: what to write; its folder is made.
-        image_root: what the JSON's ``file_name`` values are to be relative to.
+        data_format: format of the dataset.
+        layout: where its files are.
+        json_file: the file to write; its folder is made if it does not exist.
+        image_root: the folder that ``file_name`` in the JSON is relative to.
         skip_bad: leave out entries that cannot be used instead of refusing the dataset.
 
     Returns:
-        What was written, as ``load_coco`` reads it, and the entries that were left out.
+        The dataset as ``load_coco`` reads it from the JSON, and the entries that were left out.
 
     Raises:
-        DatasetError: entries that cannot be used, the first ones in the log; or nothing is left;
-            or the JSON cannot be written.
+        DatasetError: there are entries that cannot be used (the log has the first ones), no image
+            or category is left, or the JSON cannot be written.
     """
     bad = BadEntries()
-    with aside(json_file) as scratch:
+    with scratch_folder_for(json_file) as scratch:
         written = scratch / json_file.name
-        source = data_format.read(layout, bad)
-        _write_coco(source, written, image_root)
+        _write_coco(data_format.read(layout, bad), written, image_root)
         if not skip_bad:
             refuse_bad(bad, layout.annotations)
         try:
@@ -64,32 +63,36 @@ def convert_to_coco(
 
 
 def convert_from(
-    data_format: Format, layout: Layout, target: Format, folder: Path, skip_bad: bool = False
+    data_format: DatasetFormat,
+    layout: Layout,
+    target: DatasetFormat,
+    folder: Path,
+    skip_bad: bool = False,
 ) -> tuple[list[str], BadEntries]:
-    """Write a dataset in another format, its images copied.
+    """Write a dataset in another format, with copies of its images.
 
     Args:
-        data_format: the dataset's.
-        layout: where it lies.
-        target: the other format.
-        folder: a new one.
-        skip_bad: as for ``convert_to_coco``.
+        data_format: format of the dataset.
+        layout: where its files are.
+        target: the format to write.
+        folder: the folder to write, which must not exist.
+        skip_bad: leave out entries that cannot be used instead of refusing the dataset.
 
     Returns:
-        What the other format cannot hold, in words, and the entries that were left out.
+        Phrases for what the target cannot hold, and the entries that were left out.
 
     Raises:
-        DatasetError: as for ``convert_to_coco``; the folder exists; a category that the other
-            format does not have.
+        DatasetError: there are entries that cannot be used, the folder exists or cannot be
+            written, or the target does not have one of the categories.
     """
     if folder.exists():
         raise DatasetError(f"{folder}: exists already; name a new folder")
     bad = BadEntries()
-    with aside(folder) as scratch:
+    with scratch_folder_for(folder) as scratch:
         written = scratch / folder.name
         written.mkdir()
-        source = data_format.read(layout, bad)
-        left_out = target.write(replace(source, images=_progress(source)), written)
+        dataset = data_format.read(layout, bad)
+        left_out = target.write(replace(dataset, images=_with_progress(dataset)), written)
         if not skip_bad:
             refuse_bad(bad, layout.annotations)
         written.rename(folder)
@@ -97,11 +100,11 @@ def convert_from(
 
 
 @contextmanager
-def aside(target: Path) -> Iterator[Path]:
-    """A folder beside a file or folder that is to be moved there when it is complete.
+def scratch_folder_for(target: Path) -> Iterator[Path]:
+    """A temporary folder next to a file or folder, from which it is moved once it is complete.
 
     Raises:
-        DatasetError: it cannot be written.
+        DatasetError: something inside the context cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,13 +112,13 @@ def aside(target: Path) -> Iterator[Path]:
             yield Path(scratch)
     except OSError as error:
         raise DatasetError(
-            f"{target}: cannot be written ({error}); choose another place, or for the cache set"
-            " DR2NET_CACHE to a writable folder"
+            f"{target}: cannot be written ({error}); choose another folder, or for the cache"
+            " set DR2NET_CACHE to a writable one"
         ) from error
 
 
 def refuse_bad(bad: BadEntries, annotations: Path) -> None:
-    """Log the first bad entries and raise a DatasetError, if there are any."""
+    """Log the first bad entries, if there are any, and raise a DatasetError."""
     if not bad.count:
         return
     for entry in bad.listed:
@@ -123,22 +126,22 @@ def refuse_bad(bad: BadEntries, annotations: Path) -> None:
     rest = f" and {bad.count - 1} more" if bad.count > 1 else ""
     raise DatasetError(
         f"{annotations}: {bad.count} bad {'entry' if bad.count == 1 else 'entries'}, nothing is"
-        f" written: {bad.listed[0]}{rest}; correct them, or leave them out by convert --skip-bad"
+        f" written: {bad.listed[0]}{rest}; correct them, or leave them out with convert --skip-bad"
     )
 
 
-def _progress(source: Source) -> tqdm:
-    return tqdm(source.images, total=source.count, unit="image", disable=None)
+def _with_progress(dataset: LabelledDataset) -> tqdm:
+    return tqdm(dataset.images, total=dataset.count, unit="image", disable=None)
 
 
-def _write_coco(source: Source, json_file: Path, image_root: Path) -> None:
-    """Annotations are written as they come; only images and ignore regions are kept until then."""
+def _write_coco(dataset: LabelledDataset, json_file: Path, image_root: Path) -> None:
+    """Write annotations as they are read, so that only the other tables are held in memory."""
     rows: list[Row] = []
     regions: list[Row] = []
     count = 0
     with open(json_file, "w", encoding="utf-8") as stream:
         stream.write('{"annotations": [')
-        for image in _progress(source):
+        for image in _with_progress(dataset):
             image_id = image.row.get("id", len(rows) + 1)
             name = Path(os.path.relpath(image.file, image_root)).as_posix()
             attributes = dict(image.attributes)
@@ -146,16 +149,22 @@ def _write_coco(source: Source, json_file: Path, image_root: Path) -> None:
                 attributes["file_name"] = image.name
             row: Row = {"id": image_id, **image.row, "file_name": name}
             row |= {"height": image.height, "width": image.width}
-            rows.append(row | ({"attributes": attributes} if attributes else {}))
+            if attributes:
+                row["attributes"] = attributes
+            rows.append(row)
             for annotation in image.annotations:
                 _, _, width, height = annotation["bbox"]
                 implied = {"id": count + 1, "area": width * height, "iscrowd": 0}
                 own = {**implied, **annotation, "image_id": image_id}
-                stream.write(("," if count else "") + "\n" + json.dumps(own))
+                stream.write(",\n" if count else "\n")
+                stream.write(json.dumps(own))
                 count += 1
             for region in image.ignore_regions:
                 regions.append({"id": len(regions) + 1, **region, "image_id": image_id})
-        rest: Row = {"images": rows, "categories": source.categories}
-        rest |= {"info": source.info} if source.info else {}
-        rest |= {"ignore_regions": regions} if regions else {}
-        stream.write("],\n" + json.dumps(rest | source.tables)[1:])
+        rest: Row = {"images": rows, "categories": dataset.categories}
+        if dataset.info:
+            rest["info"] = dataset.info
+        if regions:
+            rest["ignore_regions"] = regions
+        # The opening brace has been written before the annotations.
+        stream.write("],\n" + json.dumps(rest | dataset.tables).removeprefix("{"))

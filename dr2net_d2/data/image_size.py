@@ -1,4 +1,4 @@
-"""The size of an image from its file's header, without decoding pixels where that is possible."""
+"""The size of an image, from the file's header if possible."""
 
 import os
 import struct
@@ -10,13 +10,13 @@ from dr2net_d2.data.coco import read_pixels
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-"""Markers of a JPEG after which its size stands."""
+"""JPEG markers whose segment has the size of the image."""
 
 
 def image_size(file: Path) -> tuple[int, int]:
-    """Width and height in pixels, as ``read_pixels`` has them: turned as the EXIF data says.
+    """Width and height in pixels, after the EXIF rotation, as ``read_pixels`` applies it.
 
-    Only PNG and JPEG are read by their headers; the pixels that follow may still be damaged.
+    For PNG and JPEG only the header is read, so the pixels may still be damaged.
 
     Raises:
         DatasetError: the file cannot be read.
@@ -36,7 +36,7 @@ def image_size(file: Path) -> tuple[int, int]:
 
 
 def _png_size(stream: BinaryIO) -> tuple[int, int]:
-    """Of a stream behind the signature; ValueError if its pixels have to be looked at."""
+    """Read behind the signature; a ValueError means that the pixels have to be decoded."""
     size = None
     while True:
         length, kind = struct.unpack(">I4s", stream.read(8))
@@ -51,7 +51,7 @@ def _png_size(stream: BinaryIO) -> tuple[int, int]:
 
 
 def _jpeg_size(stream: BinaryIO) -> tuple[int, int]:
-    """Of a stream behind the start marker; ValueError or struct.error where it is damaged."""
+    """Read behind the start marker; a ValueError or struct.error means that the file is damaged."""
     turned = False
     while True:
         mark, kind, length = struct.unpack(">BBH", stream.read(4))
@@ -69,8 +69,8 @@ def _jpeg_size(stream: BinaryIO) -> tuple[int, int]:
 
 def _orientation(exif: bytes) -> int:
     """The orientation in EXIF data, 1 (upright) to 8; 5 and above swap width and height."""
-    order = {b"II": "<", b"MM": ">"}[exif[:2]] if exif[:2] in (b"II", b"MM") else ""
-    if not order:
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
         return 1
     (start,) = struct.unpack_from(f"{order}I", exif, 4)
     (count,) = struct.unpack_from(f"{order}H", exif, start)

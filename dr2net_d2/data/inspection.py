@@ -1,4 +1,4 @@
-"""What a dataset holds, in numbers and in words."""
+"""Statistics of a dataset, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ BINS = {
     "AI-TOD": {"very tiny": (0, 8), "tiny": (8, 16), "small": (16, 32), "medium": (32, np.inf)},
     "COCO": {"small": (0, 32), "medium": (32, 96), "large": (96, np.inf)},
 }
-"""Where the bins of each benchmark begin and end, as the root of a box's area in px."""
+"""Benchmark -> bin -> its range of sides; a side is the square root of a box's area, in pixels."""
 
 HISTOGRAM = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, np.inf)
-_BAR = 40
+_BAR = 40  # length of the longest bar in characters
 
 
 def describe(dataset: CocoDataset, bad: BadEntries) -> dict[str, Any]:
-    """Statistics of a dataset, as JSON has them; boxes that are to be ignored count apart."""
+    """Statistics of a dataset, ready for JSON; boxes to be ignored are counted separately."""
     records = dataset.records
     sides = [np.zeros(0)]
     labels, ignored_labels = [np.zeros(0, int)], [np.zeros(0, int)]
@@ -72,7 +72,7 @@ def describe(dataset: CocoDataset, bad: BadEntries) -> dict[str, Any]:
 
 
 def report(facts: dict[str, Any]) -> str:
-    """What ``describe`` found, in lines."""
+    """The statistics of ``describe`` as text."""
     per_image, side = facts["objects_per_image"], facts["side"]
     width, height = facts["image_width"], facts["image_height"]
     lines = [
@@ -80,18 +80,17 @@ def report(facts: dict[str, Any]) -> str:
         f" {facts['images_without_objects']:,} of them without objects",
         f"image size      width {_words(width)}, height {_words(height)} px,"
         f" {facts['distinct_image_sizes']:,} different",
-        f"boxes           {facts['boxes']:,}, {_words(per_image)} an image",
+        f"boxes           {facts['boxes']:,}, {_words(per_image)} per image",
         f"to be ignored   {facts['ignored_boxes']:,} boxes, {facts['ignore_regions']:,} regions",
         f"empty boxes     {facts['empty_boxes_left_out']:,}, left out",
         "",
         f"side (root of the area): {_words(side)} px, mean {side['mean']}",
     ]
-    most = max(*(entry["boxes"] for entry in facts["histogram"]), 1)
+    fullest = max(*(entry["boxes"] for entry in facts["histogram"]), 1)
     for entry in facts["histogram"]:
-        name = (
-            f"{entry['from']}+" if entry["below"] is None else f"{entry['from']}-{entry['below']}"
-        )
-        bar = "#" * round(_BAR * entry["boxes"] / most)
+        end = "+" if entry["below"] is None else f"-{entry['below']}"
+        name = f"{entry['from']}{end}"
+        bar = "#" * round(_BAR * entry["boxes"] / fullest)
         lines.append(f"  {name:>8} px {entry['boxes']:>9,} {bar}".rstrip())
     for benchmark, bins in facts["bins"].items():
         lines.append(f"{benchmark}: " + ", ".join(f"{n} {count:,}" for n, count in bins.items()))
@@ -110,8 +109,8 @@ def report(facts: dict[str, Any]) -> str:
 def _spread(values: np.ndarray) -> dict[str, float | None]:
     if not len(values):
         return {"min": None, "median": None, "max": None}
-    found = {"min": values.min(), "median": np.median(values), "max": values.max()}
-    return {name: round(float(value), 2) for name, value in found.items()}
+    spread = {"min": values.min(), "median": np.median(values), "max": values.max()}
+    return {name: round(float(value), 2) for name, value in spread.items()}
 
 
 def _words(spread: dict[str, Any]) -> str:

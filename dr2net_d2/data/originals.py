@@ -1,4 +1,4 @@
-"""Datasets by name in their original layout under $DETECTRON2_DATASETS, converted at first use."""
+"""Datasets in their original layout under $DETECTRON2_DATASETS, converted at their first use."""
 
 from __future__ import annotations
 
@@ -9,66 +9,67 @@ from pathlib import Path
 
 from dr2net_d2.data.conversion import convert_to_coco
 from dr2net_d2.data.folders import cache_folder, datasets_folder
-from dr2net_d2.data.formats import FORMATS, Format, Layout
-from dr2net_d2.data.formats.base import first_folder
+from dr2net_d2.data.formats import FORMATS, DatasetFormat, Layout
+from dr2net_d2.data.formats.reading import first_folder
 from dr2net_d2.errors import DatasetError
 
-# Raise it whenever a converter writes something else, so that no older JSON is taken for new.
+# Increase it whenever a converter changes its output, so that older JSON files are not reused.
 _VERSION = 1
-_AITOD_PARTS = ("train", "trainval", "val", "test")
+_AITOD_SPLITS = ("train", "trainval", "val", "test")
 
 NAMES = (
-    *(f"visdrone_{part}" for part in ("train", "val", "test_dev")),
-    *(f"{version}_{part}" for version in ("aitod", "aitodv2") for part in _AITOD_PARTS),
-    *(f"tinyperson_{part}" for part in ("train", "test")),
+    *(f"visdrone_{split}" for split in ("train", "val", "test_dev")),
+    *(f"{version}_{split}" for version in ("aitod", "aitodv2") for split in _AITOD_SPLITS),
+    *(f"tinyperson_{split}" for split in ("train", "test")),
 )
-"""What ``resolve_original`` knows."""
+"""The names that ``resolve_original`` takes."""
 
 
-def find_original(name: str) -> tuple[Format, Layout]:
-    """The format and the files of a dataset of ``NAMES``.
+def find_original(name: str) -> tuple[DatasetFormat, Layout]:
+    """The format and the files of a dataset in ``NAMES``.
 
     Raises:
-        DatasetError: they are not there.
+        DatasetError: the files do not exist.
     """
-    kind, _, part = name.partition("_")
+    kind, _, split = name.partition("_")
     if kind == "visdrone":
         root = datasets_folder() / "VisDrone"
         layouts = FORMATS["visdrone"].find(root)
-        expected = root / f"VisDrone2019-DET-{part.replace('_', '-')}"
-        if part not in layouts:
+        expected = root / f"VisDrone2019-DET-{split.replace('_', '-')}"
+        if split not in layouts:
             raise DatasetError(
                 f"{expected}: no such folder with annotations/ and images/; unpack {name} there, or"
                 " set DETECTRON2_DATASETS to the folder that holds VisDrone/"
             )
-        return FORMATS["visdrone"], layouts[part]
+        return FORMATS["visdrone"], layouts[split]
     if kind == "tinyperson":
-        root = first_folder(*(datasets_folder() / "TinyPerson" / n for n in ("tiny_set", ".")))
-        files = [root / "annotations" / f"tiny_set_{part}.json"]
-        images = [root / part]
+        data_format, home = FORMATS["tinyperson"], datasets_folder() / "TinyPerson"
+        root = first_folder(home / "tiny_set", home)
+        files = [root / "annotations" / f"tiny_set_{split}.json"]
+        images = [root / split]
     else:
-        root = datasets_folder() / "AI-TOD"
-        files = [root / "annotations" / f"{kind}_{part}{end}.json" for end in ("", "_v1")]
-        images = [root / "images" / part / "images", root / "images" / part]
-        images += [root / part / "images", root / part]
+        data_format, home = FORMATS["aitod"], datasets_folder() / "AI-TOD"
+        root = home
+        files = [root / "annotations" / f"{kind}_{split}{end}.json" for end in ("", "_v1")]
+        images = [root / "images" / split / "images", root / "images" / split]
+        images += [root / split / "images", root / split]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise DatasetError(
             f"{files[0]}: no such file; unpack {name} there, or set DETECTRON2_DATASETS to the"
-            f" folder that holds {'TinyPerson' if kind == 'tinyperson' else 'AI-TOD'}/"
+            f" folder that holds {home.name}/"
         )
-    format_name = "tinyperson" if kind == "tinyperson" else "aitod"
-    return FORMATS[format_name], Layout(file, first_folder(*images), part=part)
+    return data_format, Layout(file, first_folder(*images), split=split)
 
 
 def resolve_original(name: str) -> tuple[Path, Path]:
-    """The COCO-format JSON and the image folder of a dataset of ``NAMES``.
+    """The COCO-format JSON and the image folder of a dataset in ``NAMES``.
 
-    The JSON is written to the cache unless it is there for the files as they are now; it appears
-    whole, so that processes that do this at once do not disturb each other.
+    The JSON is written to the cache, unless the cache has it for the present state of the files.
+    It appears complete, so processes that do this at the same time do not disturb each other.
 
     Raises:
-        DatasetError: the files are not there or have bad entries, or the cache cannot be written.
+        DatasetError: the files do not exist or have bad entries, or the cache cannot be written.
     """
     data_format, layout = find_original(name)
     json_file = cache_folder() / "converted" / f"{name}-{_signature(data_format, layout)}.json"
@@ -77,11 +78,11 @@ def resolve_original(name: str) -> tuple[Path, Path]:
     return json_file, layout.images
 
 
-def _signature(data_format: Format, layout: Layout) -> str:
-    """Changes when a file is added, removed or written; what is in the files is not read."""
+def _signature(data_format: DatasetFormat, layout: Layout) -> str:
+    """A hash that changes when a file is added, removed or written; contents are not read."""
     files = [*_stats(layout.annotations)]
     if layout.annotations.is_dir():
-        # A JSON has the sizes of the images; otherwise they are the images' own.
+        # A JSON states the sizes of the images; other formats take them from the images.
         files += _stats(layout.images)
     text = json.dumps([_VERSION, data_format.name, str(layout.images.resolve()), sorted(files)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

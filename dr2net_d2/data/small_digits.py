@@ -1,7 +1,7 @@
-"""SmallDigits: real small objects that need no download.
+"""SmallDigits: a dataset of small objects that needs no download.
 
-scikit-learn's handwritten digits, 8 to 28 px, on textured and cluttered canvases in COCO format.
-A canvas does not depend on num_images: a larger dataset begins with a smaller one's images.
+scikit-learn's handwritten digits, 8 to 28 px large, on textured and cluttered canvases in COCO
+format. Canvases do not depend on num_images: a larger dataset starts with those of a smaller one.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from dr2net_d2.data.coco_writer import write_coco
 from dr2net_d2.data.folders import cache_folder
 from dr2net_d2.errors import DatasetError
 
-# Raise it whenever a canvas changes, so that no cache of older canvases is taken for new.
+# Increase it whenever canvases change, so that older ones in a cache are not reused.
 _VERSION = 2
 _SPLITS = ("train", "val")
 _DEFAULT_IMAGES = {"train": 400, "val": 100}
@@ -37,15 +37,17 @@ _MIN_ALPHA = 0.15
 
 @dataclass(frozen=True)
 class SmallDigitsConfig:
-    """What a SmallDigits dataset holds.
+    """The contents of a SmallDigits dataset.
 
     Attributes:
         split: "train" or "val"; no digit sample occurs in both.
-        num_images: number of canvases; 400 (train) or 100 (val) when None.
-        size: canvas side, or (height, width), in pixels, up to 4096.
-        objects: mean number of digits per canvas, 0.5 to 1.5 times that; fewer without room.
-        min_side, max_side: bounds of a digit's longer side, in pixels.
-        seed: another seed gives other canvases.
+        num_images: number of canvases; None means 400 for "train" and 100 for "val".
+        size: side of the canvases, or (height, width), in pixels, up to 4096.
+        objects: mean number of digits per canvas. A canvas gets 0.5 to 1.5 times as many, or fewer
+            if there is no room.
+        min_side: minimum of a digit's longer side, in pixels.
+        max_side: maximum of a digit's longer side, in pixels.
+        seed: seed of all canvases.
 
     Raises:
         ValueError: a value is not allowed.
@@ -80,7 +82,7 @@ class SmallDigitsConfig:
 
     @property
     def name(self) -> str:
-        """The name with every value, which ``small_digits_from_name`` reads back."""
+        """The name with all values, as ``small_digits_from_name`` reads it."""
         height, width = self.shape
         return (
             f"small_digits_{self.split}_n{self.num_images}_s{height}x{width}_d{self.objects}"
@@ -89,10 +91,10 @@ class SmallDigitsConfig:
 
 
 def small_digits_from_name(name: str) -> SmallDigitsConfig:
-    """Read a dataset name such as "small_digits_train" or "small_digits_val_n64_s512_d40_seed3".
+    """Parse a dataset name such as "small_digits_train" or "small_digits_val_n64_s512_d40_seed3".
 
     Raises:
-        DatasetError: (a ValueError) the name is not of this form, or a value is not allowed.
+        DatasetError: the name has another form, or a value is not allowed.
     """
     prefix, _, rest = name.partition("small_digits_")
     split, *tokens = rest.split("_")
@@ -113,13 +115,13 @@ def small_digits_from_name(name: str) -> SmallDigitsConfig:
 
 @lru_cache
 def digit_samples(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The handwritten digits of a split: every fifth of each class is "val", the rest "train".
+    """The handwritten digits of a split: every fifth of each class is "val", the rest is "train".
 
     Returns:
-        ``(n, 8, 8)`` float32 ink in [0, 1], and ``(n,)`` int64 labels. Both are read-only.
+        Ink in [0, 1], ``(n, 8, 8)`` float32, and labels, ``(n,)`` int64. Both are read-only.
 
     Raises:
-        ValueError: the split is not known.
+        ValueError: the split is unknown.
     """
     _check("split", split, _SPLITS)
     from sklearn.datasets import load_digits  # slow to import, and only this dataset needs it
@@ -140,9 +142,9 @@ def draw_canvas(
     """Draw one canvas; the same arguments give the same pixels.
 
     Returns:
-        The image, ``(height, width, 3)`` uint8 BGR; boxes tight around the ink, ``(n, 4)``
-        float32 XYXY in pixels; labels, ``(n,)`` int64, 0 to 9; masks, where in its box each digit
-        has ink, ``(h, w)`` bool.
+        The image, ``(height, width, 3)`` uint8 BGR; tight boxes around the ink, ``(n, 4)`` float32
+        XYXY in pixels; labels, ``(n,)`` int64, 0 to 9; n masks, ``(h, w)`` bool, true where a digit
+        has ink in its box.
     """
     rng = np.random.default_rng((config.seed, _SPLITS.index(config.split), index))
     background = _draw_background(config.shape, rng)
@@ -173,15 +175,15 @@ def draw_canvas(
 def make_small_digits(
     config: SmallDigitsConfig, cache_dir: str | Path | None = None
 ) -> tuple[Path, Path]:
-    """Make a SmallDigits dataset, or reuse an intact one.
+    """Draw a SmallDigits dataset, unless the cache has an intact one.
 
-    A dataset that is incomplete, damaged or of another version is made anew. It is built aside
-    and moved into place whole, so an interrupted call leaves nothing behind, and processes that
-    make the same dataset at once do not disturb each other.
+    The dataset is drawn into a temporary folder, which is then moved into place. So an interrupted
+    call leaves nothing behind, and processes that draw the same dataset at the same time do not
+    disturb each other.
 
     Args:
-        config: what to draw.
-        cache_dir: where datasets are kept; $DR2NET_CACHE or ~/.cache/dr2net_d2 when None.
+        config: contents of the dataset.
+        cache_dir: the cache; None means $DR2NET_CACHE or ~/.cache/dr2net_d2.
 
     Returns:
         The COCO-format JSON and the image folder.
@@ -210,7 +212,7 @@ def _check(name: str, value: Any, allowed: range | tuple[str, ...]) -> None:
 
 
 def _draw_background(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A textured canvas with clutter and without digits: ``(h, w, 3)`` uint8 in [30, 225]."""
+    """A textured canvas with clutter but no digits, ``(h, w, 3)`` uint8 in [30, 225]."""
     height, width = shape
     base = rng.uniform(85, 170) + rng.uniform(-15, 15, 3)
     texture = np.full((height, width, 3), base, dtype=np.float32)
@@ -228,19 +230,19 @@ def _draw_background(shape: tuple[int, int], rng: np.random.Generator) -> np.nda
 
 
 def _draw_clutter(canvas: np.ndarray, tone: np.ndarray, rng: np.random.Generator) -> None:
-    """Draw one line, blob, stroke or shape into a uint8 canvas. None of them is a digit."""
+    """Draw a line, blob, stroke or shape that is not a digit into a uint8 canvas."""
     height, width = canvas.shape[:2]
     x, y = int(rng.integers(width)), int(rng.integers(height))
     contrast = rng.choice((-1, 1)) * rng.uniform(15, 60) + rng.uniform(-15, 15, 3)
     colour = np.clip(tone + contrast, 30, 225).tolist()
     angle, thickness, kind = rng.uniform(0, 360), int(rng.integers(1, 3)), rng.integers(4)
     if kind < 2:
-        # An arc is half a turn at most, so that it is no "0".
+        # An arc is at most half a turn, so that it does not look like a "0".
         turn, weight = (360.0, -1) if kind == 0 else (rng.uniform(50, 180), thickness + 1)
         axes = rng.integers(3, 12, 2).tolist()
         cv2.ellipse(canvas, (x, y), axes, angle, 0, turn, colour, weight, cv2.LINE_AA)
     else:
-        # A line is longer than a digit, so that it is no "1".
+        # A line is longer than a digit, so that it does not look like a "1".
         corners = 2 if kind == 2 else int(rng.integers(3, 5))
         reach = rng.uniform(20, 60) if kind == 2 else rng.uniform(4, 12)
         turns = np.radians(angle) + 2 * np.pi * np.arange(corners) / corners
@@ -251,31 +253,32 @@ def _draw_clutter(canvas: np.ndarray, tone: np.ndarray, rng: np.random.Generator
 
 
 def _ink(sample: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """Opacity of a digit, ``(h, w)`` float32: 0, or 0.15 to 1; its border rows have ink."""
+    """Opacity of a digit, ``(h, w)`` float32, 0 or 0.15 to 1; cropped to the rows with ink."""
     large = cv2.resize(np.pad(sample, 2), (96, 96), interpolation=cv2.INTER_CUBIC)
     turn = cv2.getRotationMatrix2D((48, 48), rng.uniform(-12, 12), 1)
     large = np.clip(cv2.warpAffine(large, turn, (96, 96), flags=cv2.INTER_LINEAR), 0, 1)
     large = _crop(large, 0.4)
     height, width = (max(1, round(n * side / max(large.shape))) for n in large.shape)
     alpha = cv2.resize(large, (width, height), interpolation=cv2.INTER_AREA)
-    # Steeper than the 8 x 8 greys, which are too faint to read at 8 px.
+    # More contrast than in the 8 x 8 samples, which are too faint to read at 8 px.
     alpha = np.clip((alpha - 0.25) / 0.55, 0, 1)
     alpha[alpha < _MIN_ALPHA] = 0
     return _crop(alpha, _MIN_ALPHA)
 
 
 def _crop(values: np.ndarray, threshold: float) -> np.ndarray:
+    """Cut off outer rows and columns in which all values are below the threshold."""
     inside = values >= threshold
     rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
     return values[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def _ink_colour(under: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A colour that stands out from ``(h, w, 3)`` pixels in [30, 225], lighter or darker."""
+    """A colour that is lighter or darker than all of ``(h, w, 3)`` pixels in [30, 225]."""
     sign = rng.choice((-1, 1))
     contrast = rng.uniform(60, 140) + rng.uniform(-15, 15, 3)
     colour = np.median(under, axis=(0, 1)) + sign * contrast
-    # Beyond the extremes as well, or a digit's stroke is lost where it crosses clutter.
+    # Beyond the extremes as well, so that a stroke stays visible where it crosses clutter.
     limit = under.max(axis=(0, 1)) + 20 if sign > 0 else under.min(axis=(0, 1)) - 20
     beyond = np.maximum if sign > 0 else np.minimum
     return np.asarray(np.clip(beyond(colour, limit), 0, 255))
@@ -284,7 +287,7 @@ def _ink_colour(under: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _find_room(
     shape: tuple[int, int], ink: tuple[int, ...], boxes: np.ndarray, rng: np.random.Generator
 ) -> tuple[int, int, int, int] | None:
-    """A place where at most a tenth of the smaller of two boxes is shared; None if not found."""
+    """A box that overlaps no other by more than a tenth of the smaller; None if none is found."""
     (height, width), (h, w) = shape, ink
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     for _ in range(_PLACEMENT_ROUNDS):
@@ -315,7 +318,7 @@ def _write_dataset(folder: Path, config: SmallDigitsConfig) -> None:
 
 
 def _manifest(folder: Path, config: SmallDigitsConfig) -> bytes:
-    """What manifest.json holds when the files of a dataset are as they are now."""
+    """The manifest.json that belongs to the files of a dataset in their present state."""
     names = ["annotations.json", *(f"images/{name}" for name in _file_names(config))]
     checksums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     return json.dumps({"version": _VERSION, "name": config.name, "sha256": checksums}).encode()
@@ -329,13 +332,13 @@ def _is_intact(folder: Path, config: SmallDigitsConfig) -> bool:
 
 
 def _install(scratch: Path, folder: Path, config: SmallDigitsConfig) -> None:
-    """Move ``scratch/built`` into place, unless another process has put the same there."""
+    """Move ``scratch/built`` into place, unless another process has done the same."""
     for attempt in range(10):
         with suppress(OSError):
             (scratch / "built").rename(folder)
         if _is_intact(folder, config):
             return
-        # Damaged, or moved away by another process since.
+        # The folder is damaged, or another process has just moved it away.
         with suppress(FileNotFoundError):
             folder.rename(scratch / f"replaced{attempt}")
     raise OSError("still not intact after 10 tries to move it into place")

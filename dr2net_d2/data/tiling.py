@@ -1,6 +1,6 @@
-"""Large images as overlapping tiles: the grid, what of the objects a tile shows, borders.
+"""Large images as overlapping tiles: the grid, the objects in each tile, cuts at borders.
 
-Boxes are XYXY in px; a tile is (x0, y0, x1, y1) in whole px of its image.
+Boxes are XYXY in pixels. A tile is XYXY in whole pixels of its image.
 """
 
 import logging
@@ -15,19 +15,19 @@ from dr2net_d2.errors import DatasetError
 logger = logging.getLogger(__name__)
 
 BORDER = 2.0
-"""px within which a box touches a border: a detector's error at an edge that it does not see."""
+"""Distance in pixels within which a box touches a border; detectors are inexact at an edge."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How an image is divided.
+    """A division of images into square tiles.
 
     Attributes:
-        size: side of a tile.
-        overlap: of neighbouring tiles, as a fraction of the side.
+        size: side of a tile, in pixels.
+        overlap: overlap of neighbouring tiles, as a fraction of the side.
 
     Raises:
-        ValueError: no side, an overlap outside [0, 1).
+        ValueError: the side is less than 1, or the overlap is outside [0, 1).
     """
 
     size: int
@@ -43,8 +43,8 @@ class Grid:
     def tiles(self, height: int, width: int) -> np.ndarray:
         """The tiles of an image, ``(n, 4)`` int64, row by row.
 
-        The last row and column are moved inwards, so that each tile is of full size; along a side
-        that is not longer than a tile there is one, which ends with the image.
+        The last row and column are moved inwards, so that every tile has its full size. Along a
+        side that is shorter than a tile there is one tile, which ends with the image.
         """
         step = max(self.size - int(self.overlap * self.size), 1)
         starts = [
@@ -58,15 +58,15 @@ class Grid:
 
 @dataclass(frozen=True)
 class TileChoice:
-    """Which tiles are trained on.
+    """Rules for the choice of training tiles.
 
     Attributes:
-        grid: of every image.
-        min_visible: the fraction of an object's area from which a tile shows it.
-        empty_ratio: at most so many tiles that show no object are kept for one that does.
+        grid: the tiles of each image.
+        min_visible: minimum fraction of an object's area inside a tile for the tile to show it.
+        empty_ratio: maximum number of tiles without objects per tile with objects.
 
     Raises:
-        ValueError: a fraction outside [0, 1], a ratio below 0.
+        ValueError: the fraction is outside [0, 1], or the ratio is negative.
     """
 
     grid: Grid
@@ -82,12 +82,13 @@ class TileChoice:
 
 
 class ImageBoxes(NamedTuple):
-    """What ``choose_tiles`` needs of an image.
+    """The size of an image and its boxes, for ``choose_tiles``.
 
     Attributes:
-        height, width: px.
+        height: in pixels.
+        width: in pixels.
         boxes: ``(n, 4)``.
-        iscrowd: ``(n,)`` bool; these are no objects.
+        iscrowd: ``(n,)`` bool, true for boxes that are not objects.
     """
 
     height: int
@@ -98,14 +99,14 @@ class ImageBoxes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """A tile to train on.
+    """A training tile.
 
     Attributes:
-        image: position of its image.
+        image: index of its image.
         corners: XYXY.
-        objects: ``(n,)``, positions of the boxes in the image that it shows.
-        cut: ``(m,)``, of those that it shows too little of to learn them, or to learn that nothing
-            is there.
+        objects: ``(n,)``, indices of the image's boxes that the tile shows.
+        cut: ``(m,)``, indices of boxes of which the tile has too little to count them as objects,
+            but too much to count them as background.
     """
 
     image: int
@@ -115,7 +116,7 @@ class Tile:
 
 
 def visible_fractions(boxes: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-    """The fraction of each box's area, 0 for an empty one, in each tile: ``(tiles, boxes)``."""
+    """The fraction of each box's area inside each tile: ``(tiles, boxes)``; 0 for an empty box."""
     boxes = boxes.astype(np.float64)
     near = np.maximum(boxes[None, :, :2], tiles[:, None, :2])
     far = np.minimum(boxes[None, :, 2:], tiles[:, None, 2:])
@@ -125,11 +126,15 @@ def visible_fractions(boxes: np.ndarray, tiles: np.ndarray) -> np.ndarray:
 
 
 def choose_tiles(images: Iterable[ImageBoxes], choice: TileChoice, seed: int) -> list[Tile]:
-    """The tiles of all images to train on, in order; logs how many were found.
+    """Choose the training tiles of all images, and log their number.
 
     Args:
-        images: boxes are cut at the image's edge before their visible fraction is taken.
-        seed: of the draw among all empty tiles.
+        images: size and boxes of each image; boxes are clipped to their image first.
+        choice: the rules.
+        seed: seed of the random choice among tiles without objects.
+
+    Returns:
+        The tiles in the order of images and rows.
 
     Raises:
         DatasetError: no tile shows enough of any object.
@@ -156,8 +161,8 @@ def choose_tiles(images: Iterable[ImageBoxes], choice: TileChoice, seed: int) ->
     drawn = np.random.default_rng(seed).permutation(empty.nonzero()[0])[:wanted]
     kept = np.sort(np.concatenate([(~empty).nonzero()[0], drawn]))
     logger.info(
-        "%d tiles to train on, %d of them without an object; %d such left out; "
-        "%d of %d objects are in no tile by MIN_VISIBLE",
+        "%d training tiles, %d of them without objects; %d more without objects were left out; "
+        "%d of %d objects are in no tile because of MIN_VISIBLE",
         len(kept),
         wanted,
         int(empty.sum()) - wanted,
@@ -170,12 +175,12 @@ def choose_tiles(images: Iterable[ImageBoxes], choice: TileChoice, seed: int) ->
 def paint_over(
     image: np.ndarray, regions: np.ndarray, objects: np.ndarray, colour: np.ndarray
 ) -> np.ndarray:
-    """An image whose pixels in some regions have one colour.
+    """A copy of an image in which some regions have a uniform colour.
 
     Args:
-        image: ``(height, width, channels)``; it is not changed.
-        regions: ``(n, 4)`` boxes, maybe beyond the image.
-        objects: ``(m, 4)`` boxes whose pixels stay.
+        image: ``(height, width, channels)``; returned as it is if there are no regions.
+        regions: ``(n, 4)`` boxes, which may reach beyond the image.
+        objects: ``(m, 4)`` boxes whose pixels are kept.
         colour: ``(channels,)``.
     """
     if not len(regions):
@@ -191,12 +196,13 @@ def paint_over(
 def touches_inner_border(
     boxes: np.ndarray, tile: np.ndarray, height: int, width: int
 ) -> np.ndarray:
-    """``(n,)`` bool: whether a box ends where its tile ends and the image goes on.
+    """Whether each box touches an edge of its tile beyond which the image continues, ``(n,)`` bool.
 
     Args:
-        boxes: ``(n, 4)``, found in the tile.
+        boxes: ``(n, 4)``, detected in the tile.
         tile: ``(4,)``.
-        height, width: of the image.
+        height: height of the image.
+        width: width of the image.
     """
     inner = np.concatenate([tile[:2] > 0, tile[2:] < (width, height)])
     near = np.concatenate(
@@ -205,31 +211,44 @@ def touches_inner_border(
     return np.asarray((near & inner).any(axis=1))
 
 
-def seen_whole(boxes: np.ndarray, tiles: np.ndarray, height: int, width: int) -> np.ndarray:
-    """``(n,)`` bool: whether some tile holds a box without its touching an inner border."""
-    whole = np.zeros(len(boxes), dtype=bool)
-    for tile in tiles:
-        inside = (boxes[:, :2] >= tile[:2]).all(axis=1) & (boxes[:, 2:] <= tile[2:]).all(axis=1)
-        whole |= inside & ~touches_inner_border(boxes, tile, height, width)
-    return whole
-
-
-def within_better_whole(
-    boxes: np.ndarray, labels: np.ndarray, cut: np.ndarray, fraction: float, most: int
+def complete_in_some_tile(
+    boxes: np.ndarray, tiles: np.ndarray, height: int, width: int
 ) -> np.ndarray:
-    """``(n,)`` bool: which cut boxes lie in a better whole one of their class.
+    """Whether some tile contains each box away from its inner borders, ``(n,)`` bool.
 
     Args:
-        boxes, labels: ``(n, 4)``, ``(n,)``, best first.
-        cut: ``(n,)`` bool, those that a border has cut.
-        fraction: of a box's area from which it lies in another.
-        most: boxes that are wanted; behind so many, none is looked at.
+        boxes: ``(n, 4)``.
+        tiles: ``(m, 4)``, the tiles of the image.
+        height: height of the image.
+        width: width of the image.
     """
-    within = np.zeros(len(boxes), dtype=bool)
-    for part in cut.nonzero()[0]:
-        if part - within.sum() >= most:
+    complete = np.zeros(len(boxes), dtype=bool)
+    for tile in tiles:
+        inside = (boxes[:, :2] >= tile[:2]).all(axis=1) & (boxes[:, 2:] <= tile[2:]).all(axis=1)
+        complete |= inside & ~touches_inner_border(boxes, tile, height, width)
+    return complete
+
+
+def cut_within_complete(
+    boxes: np.ndarray, labels: np.ndarray, cut: np.ndarray, fraction: float, max_detections: int
+) -> np.ndarray:
+    """Whether each box is cut and lies in a complete box of its class with a higher score.
+
+    Args:
+        boxes: ``(n, 4)``, by descending score.
+        labels: ``(n,)``.
+        cut: ``(n,)`` bool, true for boxes that a border between tiles has cut.
+        fraction: minimum fraction of a box's area for it to lie in another.
+        max_detections: number of boxes to keep; the boxes after these are not examined.
+
+    Returns:
+        ``(n,)`` bool.
+    """
+    redundant = np.zeros(len(boxes), dtype=bool)
+    for index in cut.nonzero()[0]:
+        if index - redundant.sum() >= max_detections:
             break
-        better = ~cut[:part] & (labels[:part] == labels[part])
-        held = visible_fractions(boxes[part : part + 1], boxes[:part][better])
-        within[part] = (held >= fraction).any()
-    return within
+        candidates = ~cut[:index] & (labels[:index] == labels[index])
+        inside = visible_fractions(boxes[index : index + 1], boxes[:index][candidates])
+        redundant[index] = (inside >= fraction).any()
+    return redundant

@@ -1,7 +1,7 @@
-"""What a training needs around its loop, whichever engine runs it.
+"""Parts of a training that both engines share.
 
-In: a model, a config, an iteration. Out: an optimizer, coefficients that move, a stop at what is
-not finite, and curves of what was logged.
+The optimizer, the update of the coefficients, guards against values that are not finite, and
+pictures of a finished training.
 """
 
 from dr2net_d2.training.coefficients import (

@@ -1,4 +1,4 @@
-"""What both engines do each iteration to stop at what is not finite."""
+"""Guards against losses, gradients and weights that are not finite."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from dr2net_d2.core.ranks import whole
 
 logger = logging.getLogger(__name__)
 
-CALMER = "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or enable SOLVER.CLIP_GRADIENTS"
+_ADVICE = "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or enable SOLVER.CLIP_GRADIENTS"
 
 
 @contextmanager
 def divergence_at(iteration: int) -> Iterator[None]:
-    """Put the iteration, and what to do, into the message of a FloatingPointError.
+    """Add the iteration and advice to the message of a FloatingPointError.
 
     Raises:
-        FloatingPointError: the one that was raised inside, with more to read.
+        FloatingPointError: raised inside the context; here with the longer message.
     """
     try:
         yield
     except FloatingPointError as error:
         reason = str(error).rstrip(".")
-        raise FloatingPointError(f"iteration {iteration}: {reason}; {CALMER}") from error
+        raise FloatingPointError(f"iteration {iteration}: {reason}; {_ADVICE}") from error
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors with a nan or an infinity; without any, one synchronisation."""
+    """Names of the tensors with a nan or an infinity; synchronises once if there are none."""
     if not tensors:
         return []
-    found = torch._foreach_norm([tensor.detach() for tensor in tensors.values()])
-    norms = whole(torch.stack([norm.float() for norm in found]))
-    # Where every element is finite the sum of their squares may not be, so the norm is not enough.
+    separate = torch._foreach_norm([tensor.detach() for tensor in tensors.values()])
+    norms = whole(torch.stack([norm.float() for norm in separate]))
+    # The norm of a tensor may overflow although every element is finite, so those are looked at.
     return [
         name
         for (name, tensor), norm in zip(tensors.items(), norms.tolist(), strict=True)
@@ -46,14 +46,15 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def check_losses(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    """The values of the losses, by one synchronisation with the device.
+    """The values of the losses, with one device synchronisation.
 
     Raises:
-        FloatingPointError: a loss is not finite; the message names each such one.
+        FloatingPointError: losses are not finite; the message names them.
     """
     stacked = torch.stack([loss.detach() for loss in losses.values()])
     values = dict(zip(losses, stacked.tolist(), strict=True))
-    if bad := [f"{name} {value:g}" for name, value in values.items() if not math.isfinite(value)]:
+    bad = [f"{name} {value:g}" for name, value in values.items() if not math.isfinite(value)]
+    if bad:
         raise FloatingPointError(
             f"the loss is not finite ({', '.join(bad)}): the input or the weights are not finite, "
             "or training has diverged"
@@ -62,19 +63,22 @@ def check_losses(losses: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Make sure, after the backward, that the optimizer may step.
+    """Check the gradients between the backward pass and the optimizer's step.
 
     Args:
-        model: a detector, wrapped in DistributedDataParallel or not. Its parameters are registered
-            in the order of the forward, so the backward meets the last of them first.
+        model: a detector, which may be wrapped in DistributedDataParallel. Its parameters are
+            assumed to be in the order of the forward pass, so that the backward pass reaches the
+            last one first.
 
     Raises:
-        FloatingPointError: a gradient is not finite; the message has the name of the first such
-            parameter that the backward met.
+        FloatingPointError: a gradient is not finite; the message names the parameter that the
+            backward pass reached first.
     """
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    if bad := non_finite(grads):
-        name, grad = bad[-1], whole(grads[bad[-1]])
+    bad = non_finite(grads)
+    if bad:
+        name = bad[-1]
+        grad = whole(grads[name])
         wrong = grad[~grad.isfinite()]
         raise FloatingPointError(
             f"the gradient of {name.removeprefix('module.')} is {wrong[0].item()} in "
@@ -85,9 +89,9 @@ def check_gradients(model: nn.Module) -> None:
 
 
 class GradientGuard:
-    """Stops at gradients that are not finite; with a GradScaler, which skips them, counts them.
+    """Raises an error for gradients that are not finite, or counts them if a GradScaler skips them.
 
-    The count is saved with a checkpoint, so that a resumed training goes on counting.
+    The count is part of the checkpoint, so that a resumed training continues it.
     """
 
     def __init__(self) -> None:
@@ -95,10 +99,10 @@ class GradientGuard:
         self._scale = 0.0
 
     def after_backward(self, model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
-        """To be called before the scaler's and the optimizer's step.
+        """Call this between the backward pass and the step of the scaler or optimizer.
 
         Raises:
-            FloatingPointError: as ``check_gradients``, but never with an enabled scaler.
+            FloatingPointError: there is no enabled scaler, and a gradient is not finite.
         """
         if scaler is None or not scaler.is_enabled():
             check_gradients(model)
@@ -106,11 +110,15 @@ class GradientGuard:
             self._scale = scaler.get_scale()
 
     def after_step(self, iteration: int, scaler: torch.amp.GradScaler | None) -> dict[str, float]:
-        """To be called after the scaler's update; returns scalars to log, none without a scaler."""
+        """Call this after the scaler's update.
+
+        Returns:
+            Scalars to log; empty without an enabled scaler.
+        """
         if scaler is None or not scaler.is_enabled():
             return {}
         scale = scaler.get_scale()
-        # It is lowered after a skipped step, and by nothing else.
+        # The scaler lowers it only after a skipped step.
         if scale < self._scale:
             self.skipped += 1
             if self.skipped.bit_count() == 1:  # 1, 2, 4, 8, ...

@@ -1,4 +1,4 @@
-"""The optimizer of a ViT detector: layer-wise rates, weight decay where it belongs."""
+"""The optimizer of a ViT detector: layer-wise learning rates, weight decay by parameter."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 def layer_decay_factor(name: str, depth: int, decay: float) -> float:
-    """Learning-rate factor of a parameter: ``decay`` to the number of layers above it.
+    """Learning-rate factor of a parameter: ``decay`` to the power of the number of layers above it.
 
-    The embeddings are layer 0, block i is layer i + 1, the rest of the detector (depth + 1) keeps
-    the full rate, as in ViTDet (arXiv 2203.16527) and BEiT.
+    As in ViTDet (arXiv 2203.16527) and BEiT, the embeddings are layer 0 and block i is layer i + 1.
+    The rest of the detector is layer depth + 1, which has the full rate.
+
+    Args:
+        name: name of the parameter in the detector.
+        depth: number of blocks.
+        decay: factor from one layer to the one below.
     """
     layer = depth + 1
     if name.startswith("backbone"):
@@ -40,11 +45,20 @@ def parameter_groups(
     depth: int,
     weight_decay_overrides: Sequence[tuple[str, float]] = (),
 ) -> list[dict[str, Any]]:
-    """Optimizer groups ``{params, lr, weight_decay}``, parameters of equal settings together.
+    """Group the trainable parameters by learning rate and weight decay.
 
-    Norm layers get ``weight_decay_norm``, everything else ``weight_decay``, unless its name fits
-    the pattern of an override; the last that fits counts. Frozen parameters are left out, shared
-    ones come once.
+    Args:
+        model: the detector.
+        base_lr: full learning rate.
+        weight_decay: weight decay of all parameters but those of norm layers.
+        weight_decay_norm: weight decay of norm layers.
+        layer_decay: see ``layer_decay_factor``.
+        depth: number of blocks.
+        weight_decay_overrides: pairs of a name pattern and a weight decay for the parameters that
+            match it; the last match counts.
+
+    Returns:
+        Optimizer groups with "params", "lr" and "weight_decay"; a shared parameter is in one group.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
@@ -67,14 +81,15 @@ def parameter_groups(
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW with the rates and decays of cfg.SOLVER, clipping gradients before each step.
+    """SGD or AdamW as cfg.SOLVER describes it, which clips gradients before each step.
 
-    CLIP_GRADIENTS.CLIP_TYPE "value" clips each element, "norm" the norm of each parameter, as in
-    Detectron2; "full_model" the norm of all together, as ViTDet's recipe does.
+    With CLIP_GRADIENTS.CLIP_TYPE "value" each element is clipped, with "norm" the norm of each
+    parameter's gradient, as in Detectron2, and with "full_model" the norm of all gradients
+    together, as in ViTDet's recipe.
 
     Raises:
-        ConfigError: no trainable parameter, an unknown optimizer or clip type, an override that
-            is not a pair, LAYER_DECAY on a backbone whose layers it does not count.
+        ConfigError: there is no trainable parameter, the optimizer or clip type is unknown, an
+            override is not a pair, or LAYER_DECAY is set for a backbone without a plain ViT.
     """
     solver = cfg.SOLVER
     if solver.LAYER_DECAY != 1:
@@ -100,29 +115,32 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     else:
         raise ConfigError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; use 'SGD' or 'AdamW'")
     if solver.CLIP_GRADIENTS.ENABLED:
-        clip = _clipping(cfg.SOLVER.CLIP_GRADIENTS, [p for g in groups for p in g["params"]])
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        clip = _clipping(solver.CLIP_GRADIENTS, parameters)
 
         def before_step(*_: Any) -> None:
             clip()
 
-        # With a GradScaler the step, and so this, comes after unscaling.
+        # With a GradScaler, the step and therefore this hook come after unscaling.
         optimizer.register_step_pre_hook(before_step)
     return optimizer
 
 
 def _overrides(pairs: Any) -> list[tuple[str, float]]:
+    """SOLVER.WEIGHT_DECAY_OVERRIDES after a check of its values."""
     for pair in pairs:
         match pair:
             case [str(), int() | float() as decay] if decay >= 0:
                 continue
         raise ConfigError(
-            f"SOLVER.WEIGHT_DECAY_OVERRIDES has {pair!r}; list pairs of a pattern for names and a "
+            f"SOLVER.WEIGHT_DECAY_OVERRIDES has {pair!r}; list pairs of a name pattern and a "
             "weight decay of 0 or more, such as ['*pos_embed', 0.0]"
         )
     return [tuple(pair) for pair in pairs]
 
 
 def _clipping(clip: CfgNode, parameters: list[nn.Parameter]) -> Callable[[], object]:
+    """A function that clips the gradients of the parameters, as CLIP_GRADIENTS says."""
     norm, value = nn.utils.clip_grad_norm_, clip.CLIP_VALUE
     if clip.CLIP_TYPE == "value":
         return lambda: nn.utils.clip_grad_value_(parameters, value)

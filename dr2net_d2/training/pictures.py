@@ -1,4 +1,4 @@
-"""Pictures of a finished training, drawn from the files that it left; the same for both engines."""
+"""Pictures of a finished training, drawn from its output files; for both engines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,9 +17,9 @@ from matplotlib.ticker import MaxNLocator
 
 from dr2net_d2.data import load_coco, read_image
 
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-_TRUTH, _PREDICTION = "#00E5A0", "#FFB000"
+_TRUTH, _DETECTION = "#00E5A0", "#FFB000"
 
 _PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Loss", "total loss", {"total_loss": "total"}),
@@ -29,7 +30,7 @@ _PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.json; a last line that was cut off is left out."""
+    """The lines of a metrics.json, without lines that were cut off."""
     rows = []
     for line in path.read_text().splitlines():
         try:
@@ -40,22 +41,31 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(output_dir: str | Path) -> Path:
-    """Draw curves.png from metrics.json: loss, AP, coefficients and peak memory over iterations.
+    """Draw loss, AP, coefficients and peak memory over iterations, from metrics.json.
 
-    Where a resumed run wrote an iteration again, the later line counts. Returns the picture's path.
+    If a resumed training has repeated an iteration, its later line counts.
+
+    Returns:
+        Path of the picture, curves.png.
     """
     rows = read_metrics(Path(output_dir, "metrics.json"))
-    # Which there are depends on the protocol.
+    # The names depend on the evaluation protocol.
     accuracies = [k for k in chain(*rows) if k.startswith("bbox/AP") and "-" not in k]
     accuracy = {key: key.removeprefix("bbox/") for key in list(dict.fromkeys(accuracies))[:2]}
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (title, label, series) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
         series = series or accuracy
         for colour, (key, name) in zip(_COLOURS, series.items(), strict=False):
-            points = dict(sorted((row["iteration"] + 1, row[key]) for row in rows if key in row))
-            marker = "o" if len(points) < 30 else ""
+            values = {row["iteration"] + 1: row[key] for row in rows if key in row}
+            iterations = sorted(values)
             axes.plot(
-                points.keys(), points.values(), marker, ls="-", color=colour, ms=4, label=name
+                iterations,
+                [values[iteration] for iteration in iterations],
+                "o" if len(values) < 30 else "",
+                ls="-",
+                color=colour,
+                ms=4,
+                label=name,
             )
         _dress(axes, title, label, legend=len(series) > 1)
     path = Path(output_dir, "curves.png")
@@ -71,15 +81,15 @@ def draw_predictions(
     num_images: int = 4,
     score_threshold: float = 0.5,
 ) -> Path:
-    """Draw ground truth and predictions side by side, one row per image.
+    """Draw ground truth and detections side by side, one row per image.
 
     Args:
         json_file: ground truth in COCO format.
         image_root: the folder of its images.
         results_file: COCO results, such as inference/coco_instances_results.json.
         output_file: the picture to write.
-        num_images: how many images, evenly spread over the dataset.
-        score_threshold: predictions below it are not drawn.
+        num_images: number of images, evenly spread over the dataset.
+        score_threshold: minimum score of the detections to draw.
 
     Returns:
         ``output_file`` as a path.
@@ -93,8 +103,8 @@ def draw_predictions(
     panels = figure.subplots(count, 2, squeeze=False)
     for (left, right), index in zip(panels, chosen, strict=True):
         record = dataset.records[index]
-        pixels = read_image(record)[..., ::-1]
-        found = [
+        pixels = cv2.cvtColor(read_image(record), cv2.COLOR_BGR2RGB)
+        detections = [
             result
             for result in results
             if result["image_id"] == record.image_id and result["score"] >= score_threshold
@@ -108,14 +118,14 @@ def draw_predictions(
             [dataset.categories[label] for label in record.labels],
             _TRUTH,
         )
-        x, y, width, height = np.reshape([result["bbox"] for result in found], (-1, 4)).T
+        x, y, width, height = np.reshape([result["bbox"] for result in detections], (-1, 4)).T
         _draw_boxes(
             right,
             pixels,
-            f"{len(found)} predictions, score at least {score_threshold:g}",
+            f"{len(detections)} detections with a score of at least {score_threshold:g}",
             np.stack([x, y, x + width, y + height], axis=1),
-            [f"{names[result['category_id']]} {result['score']:.2f}" for result in found],
-            _PREDICTION,
+            [f"{names[result['category_id']]} {result['score']:.2f}" for result in detections],
+            _DETECTION,
         )
     figure.savefig(output_file, dpi=90)
     return Path(output_file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from dr2net_d2.data.slicing import Found, Slicing
+from dr2net_d2.data.slicing import DetectedBoxes, Slicing
 from dr2net_d2.tv.model import build_model
 from dr2net_d2.weights import StrictCheckpointer, load_weights
 
@@ -20,7 +20,7 @@ def load_detector(cfg: CfgNode) -> nn.Module:
     return load_weights(StrictCheckpointer, model, cfg.MODEL.WEIGHTS)
 
 
-def detect(model: nn.Module, image: Tensor, slicing: Slicing | None) -> Found:
+def detect(model: nn.Module, image: Tensor, slicing: Slicing | None) -> DetectedBoxes:
     """Detect in an image, or in its tiles.
 
     Args:
@@ -32,9 +32,9 @@ def detect(model: nn.Module, image: Tensor, slicing: Slicing | None) -> Found:
         Boxes in pixels of the image, scores, and labels as category indices from 0.
     """
 
-    def whole(images: list[Tensor]) -> list[Found]:
+    def whole(images: list[Tensor]) -> list[DetectedBoxes]:
         outputs = model([pixels.float() for pixels in images])
         # torchvision's label 0 is the background.
-        return [Found(out["boxes"], out["scores"], out["labels"] - 1) for out in outputs]
+        return [DetectedBoxes(out["boxes"], out["scores"], out["labels"] - 1) for out in outputs]
 
     return slicing.detect(image, whole) if slicing else whole([image])[0]

@@ -1,7 +1,7 @@
-"""Weights in and out: files, formats of pretrained networks, conversion, checkpoints of trainings.
+"""Weights: files, formats of pretrained networks, conversion to a model, checkpoints of trainings.
 
-In: a file that somebody has. Out: a model with all of its weights and a report on every key, or an
-error; and files that Detectron2 reads.
+``read_checkpoint`` reads a file, ``convert_*`` fit its tensors to a model with a report on every
+key, ``StrictCheckpointer`` does both for a detector, and ``write_weights`` writes files.
 """
 
 from dr2net_d2.weights.checkpointer import (
@@ -14,14 +14,10 @@ from dr2net_d2.weights.checkpointer import (
 )
 from dr2net_d2.weights.files import WRITERS, check_output, read_checkpoint, write_weights
 from dr2net_d2.weights.formats import describe_vit, find_plain_vit, matches
-from dr2net_d2.weights.plain_vit import (
-    COEFFICIENTS,
-    CheckpointReport,
-    convert_stages_checkpoint,
-    convert_vit_checkpoint,
-    plain_vit_state_dict,
-    redundant_scalars,
-)
+from dr2net_d2.weights.matching import COEFFICIENTS, redundant_scalars
+from dr2net_d2.weights.plain_vit import convert_vit_checkpoint, plain_vit_state_dict
+from dr2net_d2.weights.report import CheckpointReport
+from dr2net_d2.weights.stages import convert_stages_checkpoint
 
 __all__ = [
     "COEFFICIENTS",

@@ -1,6 +1,6 @@
-"""Files of weights: PyTorch's, safetensors, and the NumPy pickles of Detectron2's zoo.
+"""Weight files: PyTorch's, safetensors, and the NumPy pickles of Detectron2's model zoo.
 
-Reading never runs code that a file brings along, and writing leaves the old file or the new one.
+Reading never runs code from a file. Writing leaves either the old file or the complete new one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from dr2net_d2.errors import WeightsError
 
 CONTAINERS = ("model", "state_dict", "teacher", "model_state", "blobs")
-"""Where checkpoints keep their weights beside other things; the first that is there counts."""
+"""Keys under which checkpoints have their weights, in order of precedence."""
 
 
 class _Dtype:
-    """``numpy.dtype`` in a pickle, for numbers: others could make NumPy misread its memory."""
+    """``numpy.dtype`` in a pickle; only numbers, as others could make NumPy misread its memory."""
 
     def __init__(self, code: str, *_: Any) -> None:
         self.numpy = np.dtype(code)
@@ -37,7 +37,7 @@ class _Dtype:
 
 
 class _Array:
-    """``numpy.ndarray`` in a pickle; it gets its ``value`` after its construction."""
+    """``numpy.ndarray`` in a pickle, which sets ``value`` after the construction."""
 
     def __init__(self, *_: Any) -> None:
         self.value: np.ndarray | None = None
@@ -48,7 +48,7 @@ class _Array:
 
 
 def _from_buffer(raw: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
-    raw = raw.encode("latin1") if isinstance(raw, str) else raw  # of Python 2
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw  # a str if Python 2 wrote it
     values = np.frombuffer(raw, dtype.numpy).reshape(shape, order=order)
     return values.astype(dtype.numpy.newbyteorder("="))
 
@@ -67,7 +67,7 @@ HARMLESS: dict[str, Any] = {
     "_codecs.encode": _encode,
     "numpy.ndarray": _Array,
     "numpy.dtype": _Dtype,
-    # NumPy 1 and 2.
+    # "core" in NumPy 1, "_core" in NumPy 2.
     **{
         f"numpy.{core}.{name}": function
         for core in ("core", "_core")
@@ -78,8 +78,8 @@ HARMLESS: dict[str, Any] = {
         )
     },
 }
-"""What a pickle may name, and what it gets: plain data, and the arguments of a training, which MAE,
-DeiT and timm save with their weights."""
+"""Names that a pickle may use -> what they stand for. These are plain data, and the arguments of a
+training, which MAE, DeiT and timm save with their weights."""
 
 
 class _DataUnpickler(pickle.Unpickler):
@@ -114,68 +114,75 @@ READERS: dict[str, Callable[[str], Any]] = {
     ".pkl": _read_pickle,
     ".safetensors": safetensors.torch.load_file,
 }
-"""Suffix -> reader; every other file is taken for one of PyTorch."""
+"""Suffix -> reader; a file with any other suffix is read as PyTorch's."""
 
 WRITERS: dict[str, Callable[[dict[str, Tensor], Path], object]] = {
     ".pth": lambda state, path: torch.save({"model": state}, path),
     ".pkl": _write_pickle,
     ".safetensors": safetensors.torch.save_file,
 }
+"""Suffix -> writer."""
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """The weights in a file under "model", name -> tensor, and whatever else it holds.
+    """Read a weight file.
+
+    Returns:
+        A dict with the weights, name -> tensor, under "model", and everything else in the file.
 
     Raises:
-        WeightsError: the file is empty, damaged, of another format, would run code, or holds no
+        WeightsError: the file is empty or damaged, has another format, would run code, or has no
             tensors.
     """
     if Path(path).stat().st_size == 0:
-        raise WeightsError(f"weights {path!r} are an empty file; fetch it again")
+        raise WeightsError(f"weights {path!r} are an empty file; download it again")
     try:
         content = READERS.get(Path(path).suffix, _read_torch)(path)
     except Exception as error:  # whatever the format's reader raises on a damaged file
-        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
             raise WeightsError(
-                f"weights {path!r} are refused: loading them would call {asked[1]}, which weights "
-                "do not need; nothing has been run"
+                f"weights {path!r} are refused: loading them would call {refused[1]}, which "
+                "weights do not need; nothing has been run"
             ) from error
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(
-            f"weights {path!r} cannot be read: cut off, or not of the format that their name says "
-            f"({reason}); fetch them again"
+            f"weights {path!r} cannot be read: cut off, or not in the format that the suffix names "
+            f"({reason}); download them again"
         ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(
             f"weights {path!r} hold a {type(content).__name__}; a checkpoint is a dict of tensors"
         )
-    found = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
-    state, rest = (content, {}) if found is None else (content[found], dict(content))
-    rest.pop(found, None)
-    return {"model": _tensors(path, state), **rest}
+    for container in CONTAINERS:
+        if isinstance(content.get(container), Mapping):
+            rest = {key: value for key, value in content.items() if key != container}
+            return {"model": _tensors(path, content[container]), **rest}
+    return {"model": _tensors(path, content)}
 
 
 def check_output(path: str) -> None:
-    """Refuse a path that weights cannot be written to.
+    """Check a path for ``write_weights`` before any work is done.
 
     Raises:
-        WeightsError: its suffix is not in ``WRITERS``, or its folder does not exist.
+        WeightsError: the suffix is not in ``WRITERS``, or the folder does not exist.
     """
     if Path(path).suffix not in WRITERS:
         raise WeightsError(f"output {path!r} must end with one of {', '.join(WRITERS)}")
     if not Path(path).parent.is_dir():
-        raise WeightsError(f"output {path!r}: there is no folder {str(Path(path).parent)!r}")
+        folder = str(Path(path).parent)
+        raise WeightsError(f"output {path!r}: there is no folder {folder!r}; make it first")
 
 
 def write_weights(state: Mapping[str, Tensor], path: str) -> None:
-    """Write weights in the format of the file's suffix; an older file is replaced at the end.
+    """Write weights in the format that the suffix names; an older file is replaced at the end.
 
     Args:
         state: name -> tensor.
-        path: see ``WRITERS``. A .pkl is as those of Detectron2's zoo: NumPy arrays.
+        path: ends with a suffix in ``WRITERS``. A .pkl has NumPy arrays, as in Detectron2's zoo.
 
     Raises:
-        WeightsError: see ``check_output``; or the disk is full.
+        WeightsError: as for ``check_output``, or the file cannot be written.
     """
     check_output(path)
     target = Path(path)
@@ -186,16 +193,16 @@ def write_weights(state: Mapping[str, Tensor], path: str) -> None:
         partial.replace(target)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise WeightsError(f"{path!r} cannot be written ({error}); choose another") from error
+        raise WeightsError(f"{path!r} cannot be written ({error}); choose another path") from error
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """A copy that shares no storage, which safetensors insists on and a file is smaller for."""
+    """A copy with its own storage: safetensors requires it, and it makes files smaller."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _tensors(path: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state with NumPy's arrays as tensors."""
+    """The state with NumPy arrays turned into tensors."""
     tensors = {}
     for key, value in state.items():
         array = value.value if isinstance(value, _Array) else value
@@ -207,5 +214,5 @@ def _tensors(path: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
             )
         tensors[key] = tensor
     if not tensors:
-        raise WeightsError(f"weights {path!r} hold no tensors")
+        raise WeightsError(f"weights {path!r} hold no tensors; give another file")
     return tensors

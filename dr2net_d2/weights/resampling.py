@@ -1,4 +1,4 @@
-"""Weights whose size is that of an image or a patch, brought to another size."""
+"""Resampling of weights that depend on the size of images or patches."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch import Tensor
 
 
 def resize_grid(grid: Tensor, side: int, antialias: bool = False, offset: float = 0.0) -> Tensor:
-    """(1, C, S, S) -> (1, C, side, side), bicubically.
+    """Resize position embeddings bicubically.
 
     Args:
-        grid: position embeddings.
-        side: in tokens.
-        antialias: low-pass filter where the grid shrinks.
-        offset: added to ``side`` in the scale between the two grids, as DINOv2 does by 0.1.
+        grid: ``(1, C, S, S)``.
+        side: new side, in tokens.
+        antialias: apply a low-pass filter if the grid shrinks.
+        offset: added to ``side`` in the scale between the two grids; DINOv2 adds 0.1.
+
+    Returns:
+        ``(1, C, side, side)``.
     """
     if offset:
         scale = (side + offset) / grid.shape[-1]
@@ -24,44 +27,43 @@ def resize_grid(grid: Tensor, side: int, antialias: bool = False, offset: float 
     return F.interpolate(grid, size=(side, side), mode="bicubic", antialias=antialias)
 
 
-def split_positions(table: Tensor, most_prefix_tokens: int) -> tuple[Tensor, Tensor] | None:
-    """The rows of prefix tokens (1, N, C) and the grid (1, C, S, S) of a position table.
+def split_positions(table: Tensor, max_prefix_tokens: int) -> tuple[Tensor, Tensor] | None:
+    """Split a position table into the rows of prefix tokens and the grid of patches.
 
     Args:
-        table: (1, N + S * S, C) or (1, S, S, C). N is 0 where the model adds positions before it
-            prepends its tokens, and may count some of them only.
-        most_prefix_tokens: N at most.
+        table: ``(1, N + S * S, C)`` or ``(1, S, S, C)``. N may be less than the number of prefix
+            tokens, because some models prepend tokens after they have added positions.
+        max_prefix_tokens: maximum N.
 
     Returns:
-        None for a grid that is not square.
+        ``(1, N, C)`` and ``(1, C, S, S)``; None if the grid is not square.
     """
     rows = table.float().flatten(1, -2)
     side = math.isqrt(rows.shape[1])
     prefix = rows.shape[1] - side**2
-    if prefix > most_prefix_tokens:
+    if prefix > max_prefix_tokens:
         return None
     grid = rows[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     return rows[:, :prefix], grid
 
 
 def resize_relative_positions(table: Tensor, length: int) -> Tensor:
-    """(L, C) -> (length, C), linearly."""
+    """Resize ``(L, C)`` to ``(length, C)`` linearly."""
     return F.interpolate(table.float().T[None], size=length, mode="linear")[0].T
 
 
 def resize_patches(kernel: Tensor, size: int) -> Tensor:
-    """A patch embedding for patches of another size.
+    """Resize a patch embedding as in FlexiViT (Beyer et al., arXiv 2212.08013).
 
-    Its inner product with a patch that was enlarged bicubically is what the given kernel's was with
-    the patch before; the closest to that where patches shrink (FlexiViT, Beyer et al.,
-    arXiv 2212.08013).
+    With B x the bicubically resized patch x, the result w' minimises the mean squared difference
+    between <w', B x> and <w, x> over patches of white noise; it is zero if patches grow.
 
     Args:
-        kernel: (C, channels, P, P).
-        size: px.
+        kernel: w, ``(C, channels, P, P)``.
+        size: new side of a patch, in pixels.
 
     Returns:
-        (C, channels, size, size).
+        w', ``(C, channels, size, size)``.
     """
     old = kernel.shape[-1]
     pixels = torch.eye(old * old, dtype=torch.float64).view(-1, 1, old, old)

@@ -15,8 +15,8 @@ from dr2net_d2 import convert
 from dr2net_d2.commands import load_config
 from dr2net_d2.d2 import Dr2NetCheckpointer, build_detector
 from dr2net_d2.plan.simulation import parameters_on_meta
+from dr2net_d2.weights.detectors import convert_detector_checkpoint
 from dr2net_d2.weights.files import read_checkpoint
-from dr2net_d2.weights.plain_vit import fit_detector_checkpoint
 from tests.d2.test_checkpointer import OURS, THEIRS, assert_same_weights, detector
 from tests.d2.tiny import batch, write_yaml
 
@@ -160,7 +160,7 @@ def test_the_zoos_key_list_at_full_size_is_ours(model, config):
     with parameters_on_meta():
         zoo = instantiate(model()).state_dict()
         ours = build_detector(load_config(file, ["MODEL.DEVICE", "meta"], "detectron2"))
-    converted, report = fit_detector_checkpoint(zoo, ours)
+    converted, report = convert_detector_checkpoint(zoo, ours)
     assert report.problems() == []
     assert sorted(report.loaded) == sorted(zoo) == sorted(converted)
     assert len(zoo) > 240

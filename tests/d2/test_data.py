@@ -86,7 +86,7 @@ def test_original_datasets_have_the_same_names_in_both_engines(tmp_path, monkeyp
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setenv("DR2NET_CACHE", str(tmp_path / "cache"))
     (tmp_path / "VisDrone").mkdir()
-    FORMATS["visdrone"].samples(tmp_path / "VisDrone")
+    FORMATS["visdrone"].write_sample(tmp_path / "VisDrone")
     names = register_dataset("visdrone_val")
     split = load_split("visdrone_val")
     assert names == split.content.categories and len(names) == 10

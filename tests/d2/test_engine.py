@@ -233,7 +233,7 @@ def test_a_pretrained_backbone_is_no_detector_to_evaluate(training, tmp_path):
     torch.save(
         {key.partition(".net.")[2]: value for key, value in state.items()}, tmp_path / "vit.pth"
     )
-    with pytest.raises(WeightsError, match=r"they are a backbone, or another model"):
+    with pytest.raises(WeightsError, match=r"they are a backbone or another model"):
         run(arguments(tmp_path, "MODEL.WEIGHTS", tmp_path / "vit.pth", eval_only=True))
 
 

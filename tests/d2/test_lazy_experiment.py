@@ -169,19 +169,19 @@ dataloader.train.dataset = L(tile_dicts)(names=large, size=64, min_visible=0.5)
 dataloader.test.dataset.names = large
 dataloader.test.num_workers = 0
 dataloader.test.mapper.augmentations[0].update(short_edge_length=48, max_size=48)
-dr2net.slicing = L(Slicing)(grid=L(Grid)(size=64, overlap=0.25), most=50)
+dr2net.slicing = L(Slicing)(grid=L(Grid)(size=64, overlap=0.25), max_detections=50)
 """
 
 
 def test_limits_are_those_of_images_and_not_of_tiles(tmp_path, caplog):
     source = READY.replace(str(CONFIG), str(CONFIG.parents[1] / BOXES)) + TILES
-    source += "model.proposal_generator.post_nms_topk = (1, 1)\ndr2net.slicing.most = 2\n"
+    source += "model.proposal_generator.post_nms_topk = (1, 1)\ndr2net.slicing.max_detections = 2\n"
     logging.getLogger("dr2net_d2").propagate = True
     with caplog.at_level(logging.WARNING):
         LazyExperiment(arguments(tmp_path, source)).warn()
     messages = {record.getMessage() for record in caplog.records}
     (found,) = [message for message in messages if "objects" in message]
-    assert " objects, but dr2net.slicing.most is 2; " in found
+    assert " objects, but dr2net.slicing.max_detections is 2; " in found
 
 
 def test_tiles_are_trained_on_and_evaluated_in(tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ def test_tiles_are_trained_on_and_evaluated_in(tmp_path, monkeypatch):
     experiment.evaluate(experiment.model, True)
     ((model, loader, _),) = evaluated
     assert isinstance(model, SlicedDetector) and model.model is experiment.model
-    assert (model.slicing.grid.size, model.slicing.most) == (64, 50)
+    assert (model.slicing.grid.size, model.slicing.max_detections) == (64, 50)
     ((given,),) = loader
     assert given["image"].shape == (3, 128, 128)
     assert model._resized(given["image"][:, :64, :60])["image"].shape == (3, 48, 45)

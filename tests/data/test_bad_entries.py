@@ -12,9 +12,9 @@ import pytest
 from dr2net_d2.data import DatasetError, load_coco
 from dr2net_d2.data.conversion import convert_from, convert_to_coco
 from dr2net_d2.data.formats import FORMATS, BadEntries, find_layout
-from dr2net_d2.data.formats.base import LISTED
+from dr2net_d2.data.formats.base import MAX_LISTED
 
-PART = {"yolo": "train", "voc": "train"}
+SPLIT = {"yolo": "train", "voc": "train"}
 
 
 def line(number, text):
@@ -172,8 +172,8 @@ def damaged(tmp_path):
     def make(name, path, change):
         folder = tmp_path / "original"
         folder.mkdir()
-        FORMATS[name].samples(folder)
-        found, layout = find_layout(folder, part=PART.get(name))
+        FORMATS[name].write_sample(folder)
+        found, layout = find_layout(folder, split=SPLIT.get(name))
         change(folder / path)
         return folder, found, layout
 
@@ -236,8 +236,8 @@ def test_all_are_counted_and_the_first_are_listed(damaged, tmp_path, caplog):
     with pytest.raises(DatasetError, match=r"50 bad entries, nothing is written.* and 49 more"):
         convert_to_coco(found, layout, tmp_path / "a.json", tmp_path)
     named = [text for text in caplog.messages if text.startswith("bad entry: ")]
-    assert len(named) == LISTED
-    assert [f"0000001.txt:{n}: " in text for n, text in enumerate(named, 1)] == [True] * LISTED
+    assert len(named) == MAX_LISTED
+    assert [f"0000001.txt:{n}: " in text for n, text in enumerate(named, 1)] == [True] * MAX_LISTED
 
 
 def test_nothing_left_is_no_dataset(damaged, tmp_path):
@@ -290,5 +290,5 @@ def test_bad_entries_are_kept_small():
     bad = BadEntries()
     for number in range(1000):
         bad.add(Path("a.txt"), number, "x")
-    assert bad.count == 1000 and len(bad.listed) == LISTED
+    assert bad.count == 1000 and len(bad.listed) == MAX_LISTED
     assert bad.listed[3] == "a.txt:3: x" and os.sep not in bad.listed[3]

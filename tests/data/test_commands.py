@@ -109,7 +109,7 @@ def test_skip_bad(here, capsys):
     assert main(["sample", "yolo", "yolo"]) == 0
     (here / "yolo/labels/train/day/0000001.txt").write_text("0 9 9 9 9\n0 0.5 0.5 0.1 0.1\n")
     assert main(["convert", "yolo", "y.json", "--part", "val"]) == 2
-    assert "leave them out by convert --skip-bad" in capsys.readouterr().err
+    assert "leave them out with convert --skip-bad" in capsys.readouterr().err
     assert not (here / "y.json").exists()
     assert main(["convert", "yolo", "y.json", "--part", "val", "--skip-bad"]) == 0
     assert "bad entries     1" in capsys.readouterr().out

@@ -12,10 +12,10 @@ from pycocotools.coco import COCO
 from dr2net_d2.data import DatasetError, load_coco
 from dr2net_d2.data.conversion import convert_from, convert_to_coco
 from dr2net_d2.data.formats import FORMATS, BadEntries, find_layout
-from dr2net_d2.data.formats.base import Labelled
-from dr2net_d2.data.formats.yolo import _line, _parse
+from dr2net_d2.data.formats.base import LabelledImage
+from dr2net_d2.data.formats.yolo import _format_line, _parse_line
 
-PART = {"yolo": "train", "voc": "train"}
+SPLIT = {"yolo": "train", "voc": "train"}
 COCO_FORMAT = FORMATS["coco"]
 
 
@@ -25,8 +25,8 @@ def sample(request, tmp_path_factory):
     name = request.param
     folder = tmp_path_factory.mktemp(name) / "original"
     folder.mkdir()
-    FORMATS[name].samples(folder)
-    found, layout = find_layout(folder, part=PART.get(name))
+    FORMATS[name].write_sample(folder)
+    found, layout = find_layout(folder, split=SPLIT.get(name))
     assert found.name == name
     json_file = folder.parent / "coco" / "out.json"
     convert_to_coco(found, layout, json_file, json_file.parent)
@@ -140,9 +140,9 @@ def test_the_json_reads_the_same_in_pycocotools_and_in_the_loader(sample):
         assert record.ignore_regions.shape == (len(regions), 4)
 
 
-def read(name, folder, part=None):
+def read(name, folder, split=None):
     """File name -> (size, rows of annotations, regions, attributes), and the categories."""
-    found, layout = find_layout(folder, name, part)
+    found, layout = find_layout(folder, name, split)
     bad = BadEntries()
     source = found.read(layout, bad)
     listed = [*source.images]
@@ -155,7 +155,7 @@ def read(name, folder, part=None):
 @pytest.fixture
 def written(tmp_path):
     def write(name):
-        FORMATS[name].samples(tmp_path)
+        FORMATS[name].write_sample(tmp_path)
         return tmp_path
 
     return write
@@ -231,10 +231,10 @@ def test_data_yaml_as_its_many_writers_have_it(written, names):
         f"names: {names}\n"
     )
     counts = {"train": 2, "val": 2, "test": 3}
-    for part, count in counts.items():
-        images, found = read("yolo", folder / "data.yaml", part)
+    for split, count in counts.items():
+        images, found = read("yolo", folder / "data.yaml", split)
         assert (len(images), found) == (count, {1: "a", 2: "b"})
-        assert FORMATS["yolo"].find(folder)[part].part == part
+        assert FORMATS["yolo"].find(folder)[split].split == split
 
 
 def test_voc_by_hand(written):
@@ -295,8 +295,8 @@ def test_yolo_fractions_come_back_digit_by_digit(tmp_path, decimals):
     for _ in range(500):
         size = tuple(rng.integers(1, 20000, 2).tolist())
         values = rng.random(4).round(decimals).tolist()
-        row = _parse(" ".join(["3", *map(repr, values)]), 9, size)
-        again = _line(row, 3, Labelled(Path(), "", *size)).split()
+        row = _parse_line(" ".join(["3", *map(repr, values)]), 9, size)
+        again = _format_line(row, 3, LabelledImage(Path(), "", *size)).split()
         assert [float(word) for word in again[1:]] == values
 
 
@@ -315,17 +315,17 @@ def test_another_format_says_what_it_cannot_hold(written, tmp_path_factory):
 
 def test_ambiguous_and_unknown_places_are_refused(written, tmp_path):
     folder = written("yolo")
-    with pytest.raises(DatasetError, match="has the parts train, val; choose one by --part"):
+    with pytest.raises(DatasetError, match="has the splits train, val; choose one with --part"):
         find_layout(folder)
-    with pytest.raises(DatasetError, match="no part 'test', only 'train', 'val'"):
-        find_layout(folder, part="test")
+    with pytest.raises(DatasetError, match="no split 'test', only 'train', 'val'"):
+        find_layout(folder, split="test")
     with pytest.raises(DatasetError, match="no such file or folder"):
         find_layout(folder / "nothing")
     with pytest.raises(DatasetError, match=r"not laid out as visdrone or .* or coco"):
         find_layout(folder / "images")
     (folder / "annotations").mkdir()
     (folder / "annotations" / "0000001.txt").touch()
-    with pytest.raises(DatasetError, match="may be visdrone or yolo; say which by --format"):
+    with pytest.raises(DatasetError, match="may be visdrone or yolo; choose one with --format"):
         find_layout(folder)
 
 
@@ -337,7 +337,7 @@ def test_dota_prefers_upright_boxes_and_names_versions(tmp_path):
         (train / folder).mkdir(parents=True)
         (train / folder / "P0001.txt").touch()
     found = FORMATS["dota"].find(tmp_path)
-    assert {part: layout.annotations.name for part, layout in found.items()} == {
+    assert {split: layout.annotations.name for split, layout in found.items()} == {
         "train_v1.0": "labelTxt",
         "train_v1.5": "DOTA-v1.5_train_hbb",
     }

@@ -21,7 +21,7 @@ def roots(tmp_path, monkeypatch):
 
 def place(roots, name, folder):
     (roots[0] / folder).mkdir(parents=True)
-    FORMATS[name].samples(roots[0] / folder)
+    FORMATS[name].write_sample(roots[0] / folder)
     return roots[0] / folder
 
 
@@ -120,7 +120,8 @@ def test_many_at_once_do_not_disturb_each_other(roots):
 
 
 def test_a_json_is_a_name(roots, tmp_path):
-    FORMATS["coco"].samples(tmp_path / "own" if (tmp_path / "own").mkdir() is None else tmp_path)
+    (tmp_path / "own").mkdir()
+    FORMATS["coco"].write_sample(tmp_path / "own")
     name = str(tmp_path / "own" / "annotations.json")
     assert resolve_dataset(name) == (Path(name), tmp_path / "own")
     assert images_of(name) == 3

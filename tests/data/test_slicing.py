@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dr2net_d2.data.slicing import Found, Slicing
+from dr2net_d2.data.slicing import DetectedBoxes, Slicing
 from dr2net_d2.data.tiling import Grid
 
 HEIGHT, WIDTH = 90, 150
@@ -51,7 +51,7 @@ class Oracle:
                 boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
                 scores.append(len(y) / self.areas[number] * self.score_of_whole)
                 labels.append(number)
-        return Found(
+        return DetectedBoxes(
             torch.tensor(boxes).float().reshape(-1, 4), torch.tensor(scores), torch.tensor(labels)
         )
 
@@ -88,8 +88,10 @@ def test_larger_objects_need_the_whole_image():
 def test_classes_are_merged_apart_and_the_best_are_kept():
     image = torch.zeros(1, 20, 20)
     boxes = torch.tensor([[2.0, 2, 8, 8], [2, 2, 8, 9], [2, 2, 8, 8], [12, 12, 18, 18]])
-    answer = Found(boxes, torch.tensor([0.5, 0.6, 0.4, 0.3]), torch.tensor([0, 0, 1, 0]))
-    found = Slicing(Grid(40, 0.0), most=2).detect(image, lambda parts: [answer] * len(parts))
+    answer = DetectedBoxes(boxes, torch.tensor([0.5, 0.6, 0.4, 0.3]), torch.tensor([0, 0, 1, 0]))
+    found = Slicing(Grid(40, 0.0), max_detections=2).detect(
+        image, lambda parts: [answer] * len(parts)
+    )
     assert found.scores.tolist() == pytest.approx([0.6, 0.4])
     assert found.labels.tolist() == [0, 1]
     assert found.boxes.tolist() == [[2, 2, 8, 9], [2, 2, 8, 8]]

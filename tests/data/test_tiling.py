@@ -8,11 +8,11 @@ from dr2net_d2.data.tiling import (
     ImageBoxes,
     TileChoice,
     choose_tiles,
+    complete_in_some_tile,
+    cut_within_complete,
     paint_over,
-    seen_whole,
     touches_inner_border,
     visible_fractions,
-    within_better_whole,
 )
 from dr2net_d2.errors import DatasetError
 
@@ -163,7 +163,7 @@ def test_borders_count_where_the_image_goes_on():
     assert touches_inner_border(boxes, np.array([0, 0, 100, 40]), 40, 100).tolist() == [False] * 4
 
 
-def test_a_part_is_seen_whole_where_a_neighbour_reaches_around_it():
+def test_a_box_is_complete_in_some_tile_where_a_neighbour_reaches_around_it():
     boxes = np.array(
         [
             [34, 5, 40, 10],  # at the end of the first tile, well within the second
@@ -173,10 +173,10 @@ def test_a_part_is_seen_whole_where_a_neighbour_reaches_around_it():
         ],
         np.float32,
     )
-    assert seen_whole(boxes, TILES, 40, 100).tolist() == [True, False, False, False]
+    assert complete_in_some_tile(boxes, TILES, 40, 100).tolist() == [True, False, False, False]
 
 
-def test_parts_of_a_better_whole():
+def test_cut_boxes_within_a_better_complete_one():
     boxes = np.array(
         [[30, 0, 45, 50], [0, 0, 50, 50], [30, 0, 45, 50], [30, 0, 45, 50], [40, 0, 90, 50]],
         np.float32,
@@ -184,17 +184,17 @@ def test_parts_of_a_better_whole():
     labels = np.array([1, 1, 1, 2, 1])
     cut = np.array([True, False, True, True, True])
     # The first is better than the whole, the fourth of another class, the last mostly outside.
-    within = within_better_whole(boxes, labels, cut, 0.5, most=9)
+    within = cut_within_complete(boxes, labels, cut, 0.5, max_detections=9)
     assert within.tolist() == [False, False, True, False, False]
-    assert not within_better_whole(boxes, labels, ~cut, 0.6, most=9)[[0, 2, 3, 4]].any()
+    assert not cut_within_complete(boxes, labels, ~cut, 0.6, max_detections=9)[[0, 2, 3, 4]].any()
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 9])
-def test_the_best_stay_the_same_where_fewer_are_wanted(most):
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_the_best_stay_the_same_where_fewer_are_wanted(count):
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, 60, (80, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(5, 60, (80, 2))], axis=1)
     labels, cut = rng.integers(0, 2, 80), rng.random(80) < 0.7
-    every, some = (within_better_whole(boxes, labels, cut, 0.5, n) for n in (80, most))
+    every, some = (cut_within_complete(boxes, labels, cut, 0.5, n) for n in (80, count))
     assert every.sum() > 5
-    assert (~some).nonzero()[0][:most].tolist() == (~every).nonzero()[0][:most].tolist()
+    assert (~some).nonzero()[0][:count].tolist() == (~every).nonzero()[0][:count].tolist()

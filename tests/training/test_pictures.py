@@ -24,6 +24,15 @@ def test_curves_from_either_engines_metrics(tmp_path):
     assert picture.std() > 5
 
 
+def test_the_later_line_of_a_repeated_iteration_counts(tmp_path):
+    pictures = []
+    for losses in ([(19, 9.0), (39, 8.0), (39, 1.0)], [(19, 9.0), (39, 1.0)]):
+        rows = [{"iteration": iteration, "total_loss": loss} for iteration, loss in losses]
+        (tmp_path / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pictures.append(cv2.imread(str(draw_curves(tmp_path))))
+    np.testing.assert_array_equal(*pictures)
+
+
 @pytest.mark.parametrize("score", [0.9, 0.2])
 def test_predictions_are_drawn_from_the_threshold_up(tmp_path, score):
     config = small_digits_from_name("small_digits_val_n3_s64_d3")

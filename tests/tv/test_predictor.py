@@ -58,7 +58,7 @@ def test_categories_have_numbers_where_no_dataset_tells_their_names(tiny_cfg, tr
 
 def test_a_plain_vit_is_no_detector(tiny_cfg, trained, tmp_path):
     torch.save(plain_vit_state_dict(trained[0].backbone.net), tmp_path / "vit.pth")
-    with pytest.raises(WeightsError, match=r"a backbone, or another model; .*trained detector"):
+    with pytest.raises(WeightsError, match=r"a backbone or another model; .*trained detector"):
         TorchvisionPredictor(tiny_cfg("MODEL.WEIGHTS", str(tmp_path / "vit.pth")))
 
 

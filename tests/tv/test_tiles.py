@@ -134,7 +134,7 @@ def test_a_training_on_tiles_with_sliced_evaluations(arguments, tmp_path, datase
         engine.run(arguments(*opts, *epochs, "OUTPUT_DIR", str(tmp_path)))
     records = load_split("small_digits_train_n2_s128x160_d8").content.records
     tiles = choose_training_tiles(records, TileChoice(Grid(64, 0.25), 0.4, 0.1), 1)
-    assert f"{len(tiles)} tiles to train on" in caplog.text
+    assert f"{len(tiles)} training tiles, " in caplog.text
     assert 2 * 4 < len(tiles) <= 2 * 12
     results = json.loads((tmp_path / RESULTS_FILE).read_text())
     assert len(results) > 10

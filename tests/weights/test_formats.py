@@ -71,7 +71,7 @@ def loaded(state, **options):
     accounted = [*report.loaded, *report.resized, *report.folded, *report.dropped]
     assert sorted(accounted) == sorted(state)
     parameters = dict(vit.named_parameters()).keys()
-    assert sorted([*converted, *report.anew]) == sorted(parameters)
+    assert sorted([*converted, *report.initialized]) == sorted(parameters)
     vit.load_state_dict(converted, strict=False)
     return vit, report
 

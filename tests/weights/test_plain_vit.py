@@ -5,13 +5,10 @@ import timm
 import torch
 
 from dr2net_d2.core import Dr2NetViT
+from dr2net_d2.weights.detectors import convert_detector_checkpoint
 from dr2net_d2.weights.formats import describe_vit, find_plain_vit
-from dr2net_d2.weights.plain_vit import (
-    convert_vit_checkpoint,
-    fit_detector_checkpoint,
-    plain_vit_state_dict,
-    redundant_scalars,
-)
+from dr2net_d2.weights.matching import redundant_scalars
+from dr2net_d2.weights.plain_vit import convert_vit_checkpoint, plain_vit_state_dict
 
 
 def timm_vit(**options):
@@ -36,15 +33,17 @@ def test_the_report_names_every_key_and_condenses_blocks():
     assert report.problems() == []
     fates = [*report.loaded, *report.resized, *report.folded, *report.dropped]
     assert sorted(fates) == sorted(checkpoint)
-    assert {*converted, *report.anew} == dict(vit.named_parameters()).keys()
+    assert {*converted, *report.initialized} == dict(vit.named_parameters()).keys()
     text = "\n".join(report.lines())
     assert "resized (1): pos_embed (1, 65, 32) -> (1, 145, 32)" in text
     assert "folded (4): blocks.*.ls1.gamma into blocks.*.attn.proj (2x)" in text
-    assert "learned anew (4): blocks.*.attn.rel_pos_h (2x), blocks.*.attn.rel_pos_w (2x)" in text
+    assert (
+        "newly initialized (4): blocks.*.attn.rel_pos_h (2x), blocks.*.attn.rel_pos_w (2x)" in text
+    )
     assert "left out, prefix token; ViTDet has patch tokens only (1): cls_token" in text
     brief = report.lines(brief=True)
     assert brief[:3] == [
-        "source: timm", "taken (26)", "left out, prefix token; ViTDet has patch tokens only (1)",
+        "source: timm", "loaded (26)", "left out, prefix token; ViTDet has patch tokens only (1)",
     ]  # fmt: skip
     assert set(report.lines()[-3:]) <= set(brief)
     weight = checkpoint["blocks.1.mlp.fc2.weight"] * checkpoint["blocks.1.ls2.gamma"][:, None]
@@ -107,7 +106,7 @@ def test_wrong_shapes_missing_and_unexpected_keys_are_named_unless_allowed():
     assert report.problems() == [
         "missing blocks.1.attn.proj.bias",
         "unexpected blocks.0.extra",
-        "blocks.0.mlp.fc1.weight is (64, 32), the model's (128, 32)",
+        "blocks.0.mlp.fc1.weight is (64, 32), but (128, 32) in the model",
     ]
     assert "blocks.0.mlp.fc1.weight" not in converted
     assert report.problems(["blocks.*.proj.bias", "*extra", "*fc1*"]) == []
@@ -117,11 +116,14 @@ def test_wrong_shapes_missing_and_unexpected_keys_are_named_unless_allowed():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"depth": 3}, ["depth is 2 in the weights, the model's 3", "missing blocks.2.norm1.bias"]),
-        ({"embed_dim": 64}, ["embed_dim is 32 in the weights, the model's 64", "(2x)"]),
-        ({"mlp_ratio": 2.0}, ["mlp_ratio is 4.0 in the weights, the model's 2.0"]),
-        ({"qkv_bias": False}, ["qkv_bias is True in the weights, the model's False"]),
-        ({"in_chans": 4}, ["in_chans is 3 in the weights, the model's 4"]),
+        (
+            {"depth": 3},
+            ["depth is 2 in the weights, but 3 in the model", "missing blocks.2.norm1.bias"],
+        ),
+        ({"embed_dim": 64}, ["embed_dim is 32 in the weights, but 64 in the model", "(2x)"]),
+        ({"mlp_ratio": 2.0}, ["mlp_ratio is 4.0 in the weights, but 2.0 in the model"]),
+        ({"qkv_bias": False}, ["qkv_bias is True in the weights, but False in the model"]),
+        ({"in_chans": 4}, ["in_chans is 3 in the weights, but 4 in the model"]),
         ({"use_abs_pos": False}, ["unexpected pos_embed"]),
     ],
 )
@@ -187,16 +189,16 @@ def test_coefficients_go_to_a_vit_that_has_them_and_elsewhere_only_at_1_0():
 def test_a_detector_is_matched_name_by_name():
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 1)})
     state = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
-    converted, report = fit_detector_checkpoint(state, model)
+    converted, report = convert_detector_checkpoint(state, model)
     assert converted.keys() == model.state_dict().keys()
     assert report.problems() == []
     del state["module.b.bias"]
     state |= {"module.pixel_mean": torch.ones(3), "module.c": torch.ones(3)}
     state["module.a.weight"] = torch.ones(3, 2)
-    _, report = fit_detector_checkpoint(state, model)
+    _, report = convert_detector_checkpoint(state, model)
     assert report.dropped == {"pixel_mean": "the config determines it"}
     assert report.problems() == [
-        "missing b.bias", "unexpected c", "a.weight is (3, 2), the model's (2, 2)",
+        "missing b.bias", "unexpected c", "a.weight is (3, 2), but (2, 2) in the model",
     ]  # fmt: skip
 
 

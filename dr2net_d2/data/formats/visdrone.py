@@ -1,34 +1,35 @@
-"""VisDrone-DET: one line an object, ``x,y,width,height,score,category,truncation,occlusion``.
+"""VisDrone-DET: ``x,y,width,height,score,category,truncation,occlusion``, one line per object.
 
-Category 0 is a region in which nothing is annotated, 11 ("others") takes part neither in training
-nor in evaluation, and an object with score 0 is to be ignored.
+Category 0 is a region without annotations. Category 11, "others", is used neither in training nor
+in evaluation. An object with score 0 is to be ignored.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from dr2net_d2.data.coco_tables import Row
 from dr2net_d2.data.formats.base import (
     BadEntries,
-    Format,
-    Labelled,
+    DatasetFormat,
+    LabelledDataset,
+    LabelledImage,
     Layout,
-    Source,
-    attributes_of,
-    first_folder,
-    measured,
-    named,
-    number,
-    one_of,
-    paired,
-    parse_lines,
-    usable,
 )
-from dr2net_d2.data.formats.samples import sample_source
-from dr2net_d2.data.formats.writing import category_places, copy_image
+from dr2net_d2.data.formats.reading import (
+    attributes_of,
+    category_rows,
+    first_folder,
+    measure_image,
+    pair_images_with_labels,
+    parse_choice,
+    parse_lines,
+    parse_number,
+    usable_rows,
+)
+from dr2net_d2.data.formats.samples import drawn_dataset
+from dr2net_d2.data.formats.writing import category_indices, copy_image
 
 CATEGORIES = (
     *("pedestrian", "people", "bicycle", "car", "van"),
@@ -38,35 +39,66 @@ _REGION, _OTHERS = 0, 11
 _FIELDS = ("x", "y", "width", "height", "score", "category", "truncation", "occlusion")
 
 
-def find(path: Path) -> dict[str, Layout]:
-    """A part is a folder with images/ and annotations/, VisDrone2019-DET-train for instance."""
-    found = {}
-    for folder in [path, *sorted(path.glob("VisDrone*-DET-*"))]:
-        # Some archives have the folder once more in itself.
-        inner = first_folder(folder / folder.name, folder)
-        annotations, images = inner / "annotations", inner / "images"
-        if images.is_dir() and next(annotations.glob("*.txt"), None):
-            part = folder.name.partition("-DET-")[2].replace("-", "_")
-            found[part] = Layout(annotations, images, part=part)
-    return found
+class VisDrone(DatasetFormat):
+    name = "visdrone"
+
+    def find(self, path: Path) -> dict[str, Layout]:
+        """A split is a folder with images/ and annotations/, such as VisDrone2019-DET-train."""
+        layouts = {}
+        for folder in [path, *sorted(path.glob("VisDrone*-DET-*"))]:
+            # Some archives contain the folder twice, one inside the other.
+            inner = first_folder(folder / folder.name, folder)
+            annotations, images = inner / "annotations", inner / "images"
+            if images.is_dir() and next(annotations.glob("*.txt"), None):
+                split = folder.name.partition("-DET-")[2].replace("-", "_")
+                layouts[split] = Layout(annotations, images, split=split)
+        return layouts
+
+    def read(self, layout: Layout, bad: BadEntries) -> LabelledDataset:
+        pairs = pair_images_with_labels(layout, bad)
+        return LabelledDataset(category_rows(CATEGORIES), len(pairs), _read_images(pairs, bad))
+
+    def write(self, dataset: LabelledDataset, folder: Path) -> list[str]:
+        indices = category_indices(dataset, CATEGORIES, "VisDrone")
+        (folder / "annotations").mkdir()
+        for image in dataset.images:
+            rows = [(row, indices[row["category_id"]] + 1) for row in image.annotations]
+            rows += [(row, _REGION) for row in image.ignore_regions]
+            rows += [(row, _OTHERS) for row in image.attributes.get("others", ())]
+            rows.sort(key=lambda entry: attributes_of(entry[0]).get("line", float("inf")))
+            lines = [_format_line(row, category) for row, category in rows]
+            copied = copy_image(image, folder / "images")
+            (folder / "annotations" / f"{copied.stem}.txt").write_text("".join(lines))
+        return []
+
+    def write_sample(self, folder: Path) -> None:
+        """A validation split; its second file has everything special in the distribution."""
+        folder = folder / "VisDrone2019-DET-val"
+        folder.mkdir()
+        with drawn_dataset(CATEGORIES) as dataset:
+            self.write(dataset, folder)
+        (folder / "annotations" / "0000002.txt").write_bytes(
+            b"10,10,8,9,1,4,0,1,\r\n"  # a comma at the end, a Windows line end
+            b"0,0,30,20,0,0,0,0\r\n"  # an ignore region
+            b"40,50,12,6,0,11,0,0\r\n"  # "others"
+            b"-4,60,9,9,1,1,1,2\r\n"  # over the edge, truncated, heavily occluded
+            b"50,90,7,0,1,4,0,0\r\n"  # no height, as in three lines of the distribution
+            b"60,20,5,5,0,2,0,0\r\n"  # an object to be ignored
+            b"90,120,30,30,0,0,0,0\r\n\r\n"  # a region over the corner, a blank line
+        )
 
 
-def read(layout: Layout, bad: BadEntries) -> Source:
-    pairs = paired(layout, bad)
-    return Source(named(CATEGORIES), len(pairs), _images(pairs, bad))
-
-
-def _images(pairs: list[tuple[Path, Path]], bad: BadEntries) -> Iterator[Labelled]:
+def _read_images(pairs: list[tuple[Path, Path]], bad: BadEntries) -> Iterator[LabelledImage]:
     for file, labels in pairs:
-        size = measured(file, bad)
-        rows = parse_lines(labels, bad, _parse)
+        size = measure_image(file, bad)
+        rows = parse_lines(labels, bad, _parse_line)
         if size is None:
             continue
-        image = Labelled(file, file.name, *size)
+        image = LabelledImage(file, file.name, *size)
         for line, row in rows:
             row["attributes"]["line"] = line
         others = []
-        for row in usable(rows, size, labels, bad):
+        for row in usable_rows(rows, size, labels, bad):
             category = row.pop("category")
             if category == _REGION:
                 image.ignore_regions.append(row)
@@ -80,7 +112,7 @@ def _images(pairs: list[tuple[Path, Path]], bad: BadEntries) -> Iterator[Labelle
         yield image
 
 
-def _parse(text: str) -> Row:
+def _parse_line(text: str) -> Row:
     values = [value.strip() for value in text.split(",")]
     # Many files of the distribution have a comma at the end of each line.
     if len(values) == len(_FIELDS) + 1 and not values[-1]:
@@ -90,55 +122,21 @@ def _parse(text: str) -> Row:
     if "-1" in values[6:]:
         raise ValueError("truncation or occlusion is -1, as in files of results; give annotations")
     attributes = {
-        "score": one_of(values[4], "score", (0, 1)),
-        "truncation": one_of(values[6], "truncation", (0, 1)),
-        "occlusion": one_of(values[7], "occlusion", (0, 1, 2)),
+        "score": parse_choice(values[4], "score", (0, 1)),
+        "truncation": parse_choice(values[6], "truncation", (0, 1)),
+        "occlusion": parse_choice(values[7], "occlusion", (0, 1, 2)),
     }
+    box = zip(values[:4], _FIELDS[:4], strict=True)
     return {
-        "bbox": [number(value, name) for value, name in zip(values[:4], _FIELDS, strict=False)],
-        "category": one_of(values[5], "category", range(12)),
+        "bbox": [parse_number(value, name) for value, name in box],
+        "category": parse_choice(values[5], "category", range(12)),
         "attributes": attributes,
     }
 
 
-def write(source: Source, folder: Path) -> list[str]:
-    classes = category_places(source, CATEGORIES, "VisDrone")
-    (folder / "annotations").mkdir()
-    for image in source.images:
-        rows = [(row, classes[row["category_id"]] + 1) for row in image.annotations]
-        rows += [(row, _REGION) for row in image.ignore_regions]
-        rows += [(row, _OTHERS) for row in image.attributes.get("others", ())]
-        rows.sort(key=lambda entry: attributes_of(entry[0]).get("line", float("inf")))
-        lines = [_line(row, category) for row, category in rows]
-        copied = copy_image(image, folder / "images")
-        (folder / "annotations" / f"{copied.stem}.txt").write_text("".join(lines))
-    return []
-
-
-def _line(row: Row, category: int) -> str:
+def _format_line(row: Row, category: int) -> str:
     known = attributes_of(row)
-    kept = 1 <= category <= len(CATEGORIES) and not row.get("iscrowd")
-    flags = known.get("score", int(kept)), category
-    extent = known.get("truncation", 0), known.get("occlusion", 0)
-    return ",".join(map(str, (*row["bbox"], *flags, *extent))) + "\n"
-
-
-def samples(folder: Path) -> None:
-    """A validation part whose last file has all that is special in the distribution."""
-    folder = folder / "VisDrone2019-DET-val"
-    with tempfile.TemporaryDirectory() as drawn:
-        source = sample_source(Path(drawn), [*CATEGORIES])
-        folder.mkdir()
-        write(source, folder)
-    (folder / "annotations" / "0000002.txt").write_bytes(
-        b"10,10,8,9,1,4,0,1,\r\n"  # a comma at the end, a Windows line end
-        b"0,0,30,20,0,0,0,0\r\n"  # an ignore region
-        b"40,50,12,6,0,11,0,0\r\n"  # "others"
-        b"-4,60,9,9,1,1,1,2\r\n"  # over the edge, truncated, heavily occluded
-        b"50,90,7,0,1,4,0,0\r\n"  # no height, as the distribution has three
-        b"60,20,5,5,0,2,0,0\r\n"  # an object to be ignored
-        b"90,120,30,30,0,0,0,0\r\n\r\n"  # a region over the corner, a blank line
-    )
-
-
-FORMAT = Format("visdrone", find, read, write, samples)
+    counts = 1 <= category <= len(CATEGORIES) and not row.get("iscrowd")
+    fields = [*row["bbox"], known.get("score", int(counts)), category]
+    fields += [known.get("truncation", 0), known.get("occlusion", 0)]
+    return ",".join(map(str, fields)) + "\n"

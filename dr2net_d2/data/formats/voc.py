@@ -1,13 +1,12 @@
-"""Pascal VOC: Annotations/*.xml, JPEGImages/, and the parts in ImageSets/Main/*.txt.
+"""Pascal VOC: Annotations/*.xml, JPEGImages/, and the splits in ImageSets/Main/*.txt.
 
-Corners count pixels from 1 and belong to the box. Difficult objects are to be ignored, as in VOC's
-own evaluation. The categories are VOC's twenty; or those of classes.txt in the folder; or, where
-neither fits, all that occur, by name.
+Corners are pixels counted from 1 and belong to the box. Difficult objects are to be ignored, as in
+VOC's own evaluation. The categories are those of classes.txt in the folder, if it exists; otherwise
+VOC's twenty; or, if other names occur, all names that occur, sorted.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,24 @@ from xml.sax.saxutils import escape, quoteattr
 from dr2net_d2.data.coco_tables import Row
 from dr2net_d2.data.formats.base import (
     BadEntries,
-    Format,
-    Labelled,
+    DatasetFormat,
+    LabelledDataset,
+    LabelledImage,
     Layout,
-    Source,
-    attributes_of,
-    first_folder,
-    measured,
-    named,
-    number,
-    one_of,
-    parse_lines,
-    read_names,
-    usable,
 )
-from dr2net_d2.data.formats.samples import sample_source
-from dr2net_d2.data.formats.writing import copy_image, left_out
+from dr2net_d2.data.formats.reading import (
+    attributes_of,
+    category_rows,
+    first_folder,
+    measure_image,
+    parse_choice,
+    parse_lines,
+    parse_number,
+    read_class_names,
+    usable_rows,
+)
+from dr2net_d2.data.formats.samples import drawn_dataset
+from dr2net_d2.data.formats.writing import copy_image, describe_losses
 from dr2net_d2.data.formats.xml import Element, XmlError, read_xml
 from dr2net_d2.data.image_size import SUFFIXES
 
@@ -40,27 +41,80 @@ CATEGORIES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
     *("train", "tvmonitor"),
 )
+_SPLITS = ("train", "val", "trainval", "test")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def find(path: Path) -> dict[str, Layout]:
-    """A part is a list in ImageSets/Main; everything, where there is none or a flat folder."""
-    annotations = first_folder(path / "Annotations", path)
-    if not next(annotations.glob("*.xml"), None):
-        return {}
-    images = first_folder(path / "JPEGImages", path / "images", annotations)
-    parts = [path / "ImageSets" / "Main" / f"{p}.txt" for p in ("train", "val", "trainval", "test")]
-    found = {p.stem: Layout(annotations, images, p, p.stem) for p in parts if p.is_file()}
-    return found or {"": Layout(annotations, images)}
+class PascalVoc(DatasetFormat):
+    name = "voc"
+
+    def find(self, path: Path) -> dict[str, Layout]:
+        """A split is a list in ImageSets/Main; without one, all XML files are a single split."""
+        annotations = first_folder(path / "Annotations", path)
+        if not next(annotations.glob("*.xml"), None):
+            return {}
+        images = first_folder(path / "JPEGImages", path / "images", annotations)
+        layouts = {}
+        for split in _SPLITS:
+            listing = path / "ImageSets" / "Main" / f"{split}.txt"
+            if listing.is_file():
+                layouts[split] = Layout(annotations, images, listing, split)
+        return layouts or {"": Layout(annotations, images)}
+
+    def read(self, layout: Layout, bad: BadEntries) -> LabelledDataset:
+        files = _annotation_files(layout, bad)
+        names = _category_names(layout, files)
+        images = _read_images(files, layout, names, bad)
+        return LabelledDataset(category_rows(names), len(files), images)
+
+    def write(self, dataset: LabelledDataset, folder: Path) -> list[str]:
+        names = dataset.category_names()
+        (folder / "Annotations").mkdir()
+        (folder / "ImageSets" / "Main").mkdir(parents=True)
+        stems, regions = [], 0
+        for image in dataset.images:
+            regions += len(image.ignore_regions)
+            copied = copy_image(image, folder / "JPEGImages")
+            stems.append(copied.stem)
+            size = {"width": str(image.width), "height": str(image.height), "depth": "3"}
+            content = {"folder": "JPEGImages", "filename": copied.name, "size": size}
+            content |= image.attributes.get("xml", {})
+            objects = [_format_object(row, names[row["category_id"]]) for row in image.annotations]
+            text = _format_xml("annotation", content, 0, "".join(objects))
+            (folder / "Annotations" / f"{copied.stem}.xml").write_text(text)
+        (folder / "ImageSets/Main/train.txt").write_text("".join(f"{stem}\n" for stem in stems))
+        if {*names.values()} != {*CATEGORIES}:
+            (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names.values()))
+        return describe_losses({"ignore regions": regions})
+
+    def write_sample(self, folder: Path) -> None:
+        """Fractions of a pixel, no "difficult", body parts, a size of 0, a name with no suffix."""
+        with drawn_dataset(CATEGORIES) as dataset:
+            for image in dataset.images:
+                for row in image.annotations:
+                    row["attributes"] = {"pose": "Left", "truncated": "0", "difficult": "0"}
+            self.write(dataset, folder)
+        (folder / "Annotations" / "0000002.xml").write_text(
+            '<annotation verified="yes">\n'
+            "\t<folder>VOC2012</folder>\n\t<filename>0000002</filename>\n"
+            "\t<source><database>R &amp; D</database><image>flickr</image></source>\n"
+            "\t<size><width>0</width><height>0</height><depth>3</depth></size>\n"
+            "\t<segmented>0</segmented>\n"
+            "\t<object>\n\t\t<name>person</name>\n\t\t<actions><jumping>1</jumping></actions>\n"
+            "\t\t<bndbox><xmax>60.5</xmax><xmin>1</xmin><ymax>133</ymax><ymin>10.25</ymin>"
+            "</bndbox>\n"
+            "\t\t<part><name>head</name><bndbox><xmin>1</xmin><ymin>11</ymin><xmax>9</xmax>"
+            "<ymax>20</ymax></bndbox></part>\n"
+            "\t\t<part><name>foot</name><bndbox><xmin>2</xmin><ymin>90</ymin><xmax>9</xmax>"
+            "<ymax>99</ymax></bndbox></part>\n\t</object>\n"
+            "\t<object>\n\t\t<name>dog</name>\n\t\t<difficult>1</difficult>\n"
+            "\t\t<bndbox><xmin>97</xmin><ymin>133</ymin><xmax>97</xmax><ymax>133</ymax></bndbox>\n"
+            "\t</object>\n</annotation>\n"
+        )
+        (folder / "ImageSets" / "Main" / "val.txt").write_text("0000002\n")
 
 
-def read(layout: Layout, bad: BadEntries) -> Source:
-    files = _files(layout, bad)
-    names = _categories(layout, files)
-    return Source(named(names), len(files), _images(files, layout, names, bad))
-
-
-def _files(layout: Layout, bad: BadEntries) -> list[Path]:
+def _annotation_files(layout: Layout, bad: BadEntries) -> list[Path]:
     if layout.listing is None:
         return sorted(layout.annotations.glob("*.xml"))
     files = []
@@ -73,31 +127,27 @@ def _files(layout: Layout, bad: BadEntries) -> list[Path]:
     return files
 
 
-def _categories(layout: Layout, files: list[Path]) -> list[str]:
-    listed = layout.annotations.parent / "classes.txt"
-    if listed.is_file():
-        return read_names(listed)
-    found = set()
+def _category_names(layout: Layout, files: list[Path]) -> list[str]:
+    listing = layout.annotations.parent / "classes.txt"
+    if listing.is_file():
+        return read_class_names(listing)
+    names = set()
     for file in files:
         try:
-            found |= {child.find("name").text for child in read_xml(file).all("object")}
-        except (OSError, XmlError):  # reported when its objects are read
+            names |= {child.find("name").text for child in read_xml(file).all("object")}
+        except (OSError, XmlError):  # reported when the objects of the file are read
             continue
-    found.discard("")
-    return [*CATEGORIES] if found <= {*CATEGORIES} else sorted(found)
+    names.discard("")
+    return [*CATEGORIES] if names <= {*CATEGORIES} else sorted(names)
 
 
-def _images(
+def _read_images(
     files: list[Path], layout: Layout, names: list[str], bad: BadEntries
-) -> Iterator[Labelled]:
-    places = {name: place for place, name in enumerate(names, start=1)}
+) -> Iterator[LabelledImage]:
+    category_ids = {name: index for index, name in enumerate(names, start=1)}
     for file in files:
         try:
-            root = read_xml(file)
-            if root.tag != "annotation":
-                raise XmlError(
-                    root.line, f"the outermost element is <{root.tag}>, not <annotation>"
-                )
+            root = _read_annotation(file)
             image_file = _image_file(root, file, layout.images)
         except XmlError as error:
             bad.add(file, error.line, f"{error}; correct it or restore the file")
@@ -105,7 +155,7 @@ def _images(
         except OSError as error:
             bad.add(file, None, f"{error.strerror}; restore the file")
             continue
-        size = measured(image_file, bad)
+        size = measure_image(image_file, bad)
         if size is None:
             continue
         if problem := _size_problem(root, size, image_file):
@@ -114,18 +164,27 @@ def _images(
         rows = []
         for element in root.all("object"):
             try:
-                rows.append((element.line, _object(element, places)))
+                rows.append((element.line, _parse_object(element, category_ids)))
             except XmlError as error:
                 bad.add(file, error.line, error)
-        attributes = {"xml": root.as_json("object")}
-        name = image_file.relative_to(layout.images).as_posix()
-        yield Labelled(
-            image_file, name, *size, usable(rows, size, file, bad), attributes=attributes
+        yield LabelledImage(
+            image_file,
+            image_file.relative_to(layout.images).as_posix(),
+            *size,
+            usable_rows(rows, size, file, bad),
+            attributes={"xml": root.as_json("object")},
         )
 
 
+def _read_annotation(file: Path) -> Element:
+    root = read_xml(file)
+    if root.tag != "annotation":
+        raise XmlError(root.line, f"the outermost element is <{root.tag}>, not <annotation>")
+    return root
+
+
 def _image_file(root: Element, file: Path, images: Path) -> Path:
-    """The image by <filename>, or, where that is wrong or has no ending, by the XML's name."""
+    """The image that <filename> names; if that is missing or wrong, the one with the XML's stem."""
     name = root.find("filename").text
     candidates = [images / f"{file.stem}{suffix}" for suffix in SUFFIXES]
     if name and "/" not in name:
@@ -137,121 +196,78 @@ def _image_file(root: Element, file: Path, images: Path) -> Path:
 
 
 def _size_problem(root: Element, size: tuple[int, int], image: Path) -> str:
-    """Some writers put 0 x 0 where they do not know the size; any other has to be right."""
-    said = tuple(root.find("size").find(side).text for side in ("width", "height"))
-    if said in (("", ""), ("0", "0")) or said == tuple(map(str, size)):
+    """What is wrong with <size>, or ""; some writers put 0 x 0 if they do not know the size."""
+    stated = tuple(root.find("size").find(side).text for side in ("width", "height"))
+    if stated in (("", ""), ("0", "0")) or stated == tuple(map(str, size)):
         return ""
     return (
-        f"size is {' x '.join(said)} but {image} is {size[0]} x {size[1]} px; correct it"
+        f"size is {' x '.join(stated)} but {image} is {size[0]} x {size[1]} px; correct it"
         " (EXIF rotation counts)"
     )
 
 
-def _object(element: Element, places: dict[str, int]) -> Row:
+def _parse_object(element: Element, category_ids: dict[str, int]) -> Row:
     name, box = element.find("name"), element.find("bndbox")
-    if name.text not in places:
-        said = (
-            f"name is {name.text!r}, not one of {', '.join(places)}" if name.line else "no <name>"
-        )
-        raise XmlError(name.line or element.line, f"{said}; correct it")
+    if not name.line:
+        raise XmlError(element.line, "no <name>; correct it")
+    if name.text not in category_ids:
+        known = ", ".join(category_ids)
+        raise XmlError(name.line, f"name is {name.text!r}, not one of {known}; correct it")
     if not box.line:
         raise XmlError(element.line, "no <bndbox> in this <object>; add it")
-    corners = []
-    for tag in _CORNERS:
-        corner = box.find(tag)
-        if not corner.line:
-            raise XmlError(box.line, f"no <{tag}> in <bndbox>; add it")
-        try:
-            corners.append(number(corner.text, tag))
-        except ValueError as error:
-            raise XmlError(corner.line, str(error)) from None
+    x0, y0, x1, y1 = (_parse_corner(box, tag) for tag in _CORNERS)
     difficult = element.find("difficult")
     try:
-        crowd = one_of(difficult.text or "0", "difficult", (0, 1))
+        crowd = parse_choice(difficult.text or "0", "difficult", (0, 1))
     except ValueError as error:
         raise XmlError(difficult.line, str(error)) from None
-    x0, y0, x1, y1 = corners
     return {
-        "category_id": places[name.text],
+        "category_id": category_ids[name.text],
         "bbox": [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1],
         "iscrowd": crowd,
         "attributes": element.as_json("name", "bndbox"),
     }
 
 
-def write(source: Source, folder: Path) -> list[str]:
-    names = source.category_names()
-    (folder / "Annotations").mkdir()
-    (folder / "ImageSets" / "Main").mkdir(parents=True)
-    stems, regions = [], 0
-    for image in source.images:
-        regions += len(image.ignore_regions)
-        copied = copy_image(image, folder / "JPEGImages")
-        objects = [_object_xml(row, names[row["category_id"]]) for row in image.annotations]
-        known: dict[str, Any] = {"folder": "JPEGImages", "filename": copied.name}
-        known |= {"size": {"width": str(image.width), "height": str(image.height), "depth": "3"}}
-        known |= image.attributes.get("xml", {})
-        text = _xml("annotation", known, 0, "".join(objects))
-        (folder / "Annotations" / f"{copied.stem}.xml").write_text(text)
-        stems.append(copied.stem)
-    (folder / "ImageSets/Main/train.txt").write_text("".join(f"{stem}\n" for stem in stems))
-    if {*names.values()} != {*CATEGORIES}:
-        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names.values()))
-    return left_out(ignore_regions=regions)
+def _parse_corner(box: Element, tag: str) -> float:
+    corner = box.find(tag)
+    if not corner.line:
+        raise XmlError(box.line, f"no <{tag}> in <bndbox>; add it")
+    try:
+        return parse_number(corner.text, tag)
+    except ValueError as error:
+        raise XmlError(corner.line, str(error)) from None
 
 
-def _object_xml(row: Row, name: str) -> str:
+def _format_object(row: Row, name: str) -> str:
     x, y, w, h = row["bbox"]
-    # Rounded: 45.7 - 1 + 1 is not 45.7.
+    # Rounded, because 45.7 - 1 + 1 is not 45.7 in floating point.
     corners = {
         tag: str(round(value, 9))
         for tag, value in zip(_CORNERS, (x + 1, y + 1, x + w, y + h), strict=True)
     }
-    known = attributes_of(row)
-    if row.get("iscrowd") and "difficult" not in known:
-        known = {**known, "difficult": "1"}
-    return _xml("object", {"name": name, "bndbox": corners, **known}, 1)
+    attributes = attributes_of(row)
+    if row.get("iscrowd") and "difficult" not in attributes:
+        attributes = {**attributes, "difficult": "1"}
+    return _format_xml("object", {"name": name, "bndbox": corners, **attributes}, 1)
 
 
-def _xml(tag: str, content: Any, depth: int, inner: str = "") -> str:
-    """The reverse of ``Element.as_json``: an element on lines of its own."""
+def _format_xml(tag: str, content: Any, depth: int, inner: str = "") -> str:
+    """Undo ``Element.as_json``: an element on lines of its own.
+
+    Args:
+        tag: its name.
+        content: what ``as_json`` returned.
+        depth: number of elements around it, which is its indentation in tabs.
+        inner: XML to put behind its children.
+    """
     indent = "\t" * depth
     if isinstance(content, list):
-        return "".join(_xml(tag, part, depth) for part in content)
+        return "".join(_format_xml(tag, item, depth) for item in content)
     if not isinstance(content, dict):
         return f"{indent}<{tag}>{escape(str(content))}</{tag}>\n"
-    marks = "".join(f" {k[1:]}={quoteattr(v)}" for k, v in content.items() if k[0] == "@")
+    attributes = "".join(f" {k[1:]}={quoteattr(v)}" for k, v in content.items() if k[0] == "@")
     if "#" in content:
-        return f"{indent}<{tag}{marks}>{escape(content['#'])}</{tag}>\n"
-    parts = [_xml(k, v, depth + 1) for k, v in content.items() if k[0] != "@"]
-    return f"{indent}<{tag}{marks}>\n{''.join(parts)}{inner}{indent}</{tag}>\n"
-
-
-def samples(folder: Path) -> None:
-    """Boxes with fractions and without "difficult", parts, a size of 0, a name without ending."""
-    with tempfile.TemporaryDirectory() as drawn:
-        source = sample_source(Path(drawn), [*CATEGORIES])
-        for image in source.images:
-            for row in image.annotations:
-                row["attributes"] = {"pose": "Left", "truncated": "0", "difficult": "0"}
-        write(source, folder)
-    (folder / "Annotations" / "0000002.xml").write_text(
-        '<annotation verified="yes">\n'
-        "\t<folder>VOC2012</folder>\n\t<filename>0000002</filename>\n"
-        "\t<source><database>R &amp; D</database><image>flickr</image></source>\n"
-        "\t<size><width>0</width><height>0</height><depth>3</depth></size>\n"
-        "\t<segmented>0</segmented>\n"
-        "\t<object>\n\t\t<name>person</name>\n\t\t<actions><jumping>1</jumping></actions>\n"
-        "\t\t<bndbox><xmax>60.5</xmax><xmin>1</xmin><ymax>133</ymax><ymin>10.25</ymin></bndbox>\n"
-        "\t\t<part><name>head</name><bndbox><xmin>1</xmin><ymin>11</ymin><xmax>9</xmax>"
-        "<ymax>20</ymax></bndbox></part>\n"
-        "\t\t<part><name>foot</name><bndbox><xmin>2</xmin><ymin>90</ymin><xmax>9</xmax>"
-        "<ymax>99</ymax></bndbox></part>\n\t</object>\n"
-        "\t<object>\n\t\t<name>dog</name>\n\t\t<difficult>1</difficult>\n"
-        "\t\t<bndbox><xmin>97</xmin><ymin>133</ymin><xmax>97</xmax><ymax>133</ymax></bndbox>\n"
-        "\t</object>\n</annotation>\n"
-    )
-    (folder / "ImageSets" / "Main" / "val.txt").write_text("0000002\n")
-
-
-FORMAT = Format("voc", find, read, write, samples)
+        return f"{indent}<{tag}{attributes}>{escape(content['#'])}</{tag}>\n"
+    children = [_format_xml(k, v, depth + 1) for k, v in content.items() if k[0] != "@"]
+    return f"{indent}<{tag}{attributes}>\n{''.join(children)}{inner}{indent}</{tag}>\n"

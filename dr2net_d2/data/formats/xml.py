@@ -1,4 +1,4 @@
-"""XML elements that know their line, which those of the standard library do not."""
+"""A parser for XML whose elements know their line; those of the standard library do not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xml.parsers import expat
 
 
 class XmlError(ValueError):
-    """What is wrong in a line of an XML file."""
+    """A problem, and the line of the XML file that has it."""
 
     def __init__(self, line: int, problem: str) -> None:
         super().__init__(problem)
@@ -18,36 +18,40 @@ class XmlError(ValueError):
 
 @dataclass
 class Element:
-    """An element; one that is missing has line 0, no text and no children.
+    """An element. A missing one is an element too, with line 0 and without text and children.
 
     Attributes:
         tag: its name.
-        line: where it begins, from 1.
-        marks: its XML attributes.
-        text: without surrounding spaces.
-        children: in order.
+        line: the line where it begins, from 1.
+        attributes: its XML attributes.
+        text: its text, without surrounding spaces.
+        children: the elements directly inside it.
     """
 
     tag: str
     line: int = 0
-    marks: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, str] = field(default_factory=dict)
     text: str = ""
     children: list[Element] = field(default_factory=list)
 
     def find(self, tag: str) -> Element:
-        """The first child of that name, or a missing one."""
+        """The first child with this name, or a missing element."""
         return next((child for child in self.children if child.tag == tag), Element(tag))
 
     def all(self, tag: str) -> list[Element]:
+        """All children with this name."""
         return [child for child in self.children if child.tag == tag]
 
     def as_json(self, *without: str) -> Any:
-        """The text; or a dict of children by name (a list where one occurs twice) and "@" marks.
+        """The element as JSON: its text, or a dict if it has children or attributes.
+
+        In the dict, a child's name leads to the child, or to a list if the name occurs twice;
+        "@" and an attribute's name lead to the attribute; "#" leads to the text.
 
         Args:
-            without: names of children that are left out; then it is a dict in any case.
+            without: names of children to leave out; if there are any, the result is a dict.
         """
-        content: dict[str, Any] = {f"@{key}": value for key, value in self.marks.items()}
+        content: dict[str, Any] = {f"@{key}": value for key, value in self.attributes.items()}
         if not self.children and not without:
             return {**content, "#": self.text} if content else self.text
         for child in self.children:
@@ -64,19 +68,19 @@ class Element:
 
 
 def read_xml(file: Path) -> Element:
-    """The outermost element.
+    """Read the outermost element of a file.
 
     Raises:
         OSError: the file cannot be read.
-        XmlError: it is not well-formed.
+        XmlError: the file is not well-formed.
     """
     parser = expat.ParserCreate()
     parser.buffer_text = True
     document = Element("")
     opened = [document]
 
-    def start(tag: str, marks: dict[str, str]) -> None:
-        element = Element(tag, parser.CurrentLineNumber, marks)
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        element = Element(tag, parser.CurrentLineNumber, attributes)
         opened[-1].children.append(element)
         opened.append(element)
 
@@ -93,8 +97,9 @@ def read_xml(file: Path) -> Element:
     try:
         parser.Parse(file.read_bytes(), True)
     except expat.ExpatError as error:
-        what = expat.ErrorString(error.code)
+        problem = expat.ErrorString(error.code)
         last = opened[-1]
-        still = f", while <{last.tag}> of line {last.line} is open" if last.tag else ""
-        raise XmlError(error.lineno, f"not well-formed XML: {what}{still}") from None
+        if last.tag:
+            problem += f", while <{last.tag}> of line {last.line} is open"
+        raise XmlError(error.lineno, f"not well-formed XML: {problem}") from None
     return document.children[0]
