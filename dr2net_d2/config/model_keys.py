@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dr2net_d2.config.table import (
     Key,
+    Range,
     Section,
     above,
     at_least,
@@ -177,7 +178,15 @@ DR2NET = Section(
 SCHEDULE = Section(
     "MODEL.DR2NET.SCHEDULE",
     {
-        "KIND": Key("convex", "Path of alpha and beta.", one_of(*SCHEDULES)),
+        "KIND": Key(
+            "convex",
+            "Path of alpha and beta. The name of a function or a class of your own is imported, so "
+            "only use such a config from people you trust.",
+            Range(
+                f"{one_of(*SCHEDULES).text}, or 'package.module.Name' of your own",
+                lambda value: value in SCHEDULES or "." in value,
+            ),
+        ),
         "START_BETA": Key(1 / 16, "Beta at the start of the training.", between(0, 1)),
         "END_BETA": Key(0.5, "Beta from the end of `DURATION` on.", between(0, 1)),
         "DURATION": Key(
