@@ -182,9 +182,10 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, name, monkeypatch):
 
 def test_packaged_weights_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr("dr2net_d2.weights.checkpointer.files", lambda package: tmp_path)
-    (tmp_path / "weights").mkdir()
+    folder = tmp_path / "weights" / "pretrained"
+    folder.mkdir(parents=True)
     model, pretrained = detector(tmp_path, OURS, 1), detector(tmp_path, THEIRS, 0).backbone.net
-    safetensors.torch.save_file(pretrained.state_dict(), tmp_path / "weights" / "tiny.safetensors")
+    safetensors.torch.save_file(pretrained.state_dict(), folder / "tiny.safetensors")
     Dr2NetCheckpointer(model).load("dr2net_d2://tiny")
     assert_same_weights(model.backbone.net, pretrained)
 
