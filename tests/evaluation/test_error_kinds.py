@@ -248,7 +248,7 @@ def test_random_scenes_against_plain_loops(name, seed, tmp_path):
         }  # fmt: skip
 
     def ap50(change=lambda i: None, gone=lambda j: False):
-        """``change(i)``: "away", the class that makes detection i correct, or None for no change."""
+        """``change(i)``: "away", the class that makes detection i correct, or None to keep it."""
         rows, objects = [], dict.fromkeys(classes, 0)
         for j, row in enumerate(annotations):
             objects[row["category_id"]] += bool(in_recall[j]) and not gone(j)
