@@ -233,7 +233,7 @@ def test_python_blocks_run(page, clone):
         assert stack.coefficients.values == (0.5, 0.5)
         assert {type(trainer.optimizer)} == {torch.optim.AdamW}
     elif page == "inference.md":
-        assert len(scope["found"].boxes) == len(scope["found"].scores)
+        assert len(scope["detections"].boxes) == len(scope["detections"].scores)
         assert scope["result"].image_width == 128
 
 

@@ -40,7 +40,7 @@ STREAM_DTYPES = {
     torch.float64: torch.float64,
 }
 MAX_GROWTH = 100
-"""Of the streams over a whole stack; more is warned of."""
+"""Factor by which streams may grow over a stack before a warning is given."""
 
 
 class ReversibleSequence(nn.Module):
@@ -63,7 +63,7 @@ class ReversibleSequence(nn.Module):
             gives what the block adds to its input there, and is one step. The block itself is not
             called, so its own hooks do not fire; those of its modules do.
         adopt: register the functions as children 0, 1 ... . False leaves them children of another
-            module, whose parameters so keep their names.
+            module, so that its parameters keep their names.
 
     Any residual network can be converted by passing its blocks, one stage at a time. A stack that
     replaces their container has the same keys in the state dict, and computes the same as long as
@@ -255,7 +255,7 @@ class ReversibleSequence(nn.Module):
                 f, surroundings = step(h1.to(forward.inner_dtype)), None
             h = Couple.apply(forward, index, surroundings, f, h1, h2)
             h1, h2 = h, h1
-        forward.states = None
+        forward.states = None  # where no Couple has saved them, the graph should not keep them
         return self._output(h1, h2).to(x.dtype)
 
     def _plain(

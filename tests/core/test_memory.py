@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dr2net_d2.core.memory import available_memory_bytes, count_saved_bytes, peak_tensor_bytes
+from dr2net_d2.core.memory import (
+    assign,
+    available_memory_bytes,
+    count_saved_bytes,
+    labelled,
+    peak_tensor_bytes,
+)
+from tests.core.stacks import stack, tokens
 
 N = 4 * 1000  # bytes of 1000 floats
 
@@ -143,6 +150,52 @@ def test_a_result_that_its_own_op_saves_is_freed_with_the_graph():
     weakref.finalize(z.untyped_storage(), freed.append, True)
     del y, z, saved
     assert freed == [True, True]
+
+
+def test_labels_reach_the_innermost_counter(ab):
+    a, b = ab
+    with peak_tensor_bytes() as outer, labelled("outer"):
+        c = a + b
+        with peak_tensor_bytes() as inner, labelled("inner"):
+            d = a + b
+            with labelled("nested"):
+                e = a + b
+            assign([d], "assigned")
+        f = a + b
+    assert inner.parts == {"inner": 0, "nested": N, "assigned": N}
+    assert outer.parts == {"outer": 4 * N}
+    del c, d, e, f
+
+
+def test_labels_do_nothing_where_nothing_is_counted(ab):
+    a, b = ab
+    with labelled("unseen"):
+        c = a + b
+    assign([c], "unseen")
+    with peak_tensor_bytes() as live:
+        d = a + b
+    assert live.parts == {"": N}
+    del d
+
+
+@pytest.mark.parametrize(("beta", "bits"), [(1.0, 0), (0.5, 1), (0.375, 3)])
+def test_a_stack_labels_its_remainder_bits(beta, bits):
+    sequence = stack(4, beta)
+    with peak_tensor_bytes() as live:
+        out = sequence(tokens(2, 4, 8))
+        assert live.parts.get("remainder bits", 0) == 4 * 2 * 4 * 8 * bits / 8
+        assert live.parts["streams"] > 2 * out.nbytes
+        out.sum().backward()
+        del out
+    assert live.parts.get("remainder bits", 0) == 0
+
+
+def test_a_stack_at_beta_0_keeps_streams_and_no_bits():
+    sequence = stack(4, 0.0)
+    with peak_tensor_bytes() as live:
+        out = sequence(tokens(2, 4, 8))
+        assert "remainder bits" not in live.parts
+        assert live.parts["streams"] >= 6 * out.nbytes
 
 
 def test_what_is_available_is_part_of_the_machine():

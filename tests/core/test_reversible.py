@@ -1,6 +1,7 @@
 """The reversible backward against plain autograd, float64, and the states themselves."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from dr2net_d2.core import Coefficients, ReversibleSequence
 from dr2net_d2.core.coupling import error_growth
+from dr2net_d2.core.memory import peak_tensor_bytes
 from tests.core.stacks import BETAS, mlp, record_states, relative_error, run, stack, tokens
 
 
@@ -187,6 +189,30 @@ def test_a_recomputation_that_differs_is_an_error_naming_the_step(beta):
         loss.backward()
 
 
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+def test_a_failed_backward_is_freed_with_its_graph(arithmetic):
+    """As after running out of memory: no reference cycle has to wait for the garbage collector."""
+    sequence = stack(6, arithmetic=arithmetic)
+    sequence(tokens(2, 5, 8))
+
+    def fail(*_):
+        raise KeyError("out of memory")
+
+    gc.disable()
+    try:
+        with peak_tensor_bytes() as live:
+            loss = sequence(tokens(2, 5, 8)).sum()
+            sequence[3][4].register_forward_hook(fail)  # of the recomputation
+            with pytest.raises(KeyError, match="out of memory"):
+                loss.backward()
+            sequence.zero_grad()
+            assert live.now > 0
+            del loss
+            assert live.now == 0
+    finally:
+        gc.enable()
+
+
 def test_overflow_repeats_the_pass_with_fewer_bits(caplog):
     sequence = stack(6, dropout=0.2)
     run(sequence, tokens(2, 5, 8))
@@ -198,6 +224,28 @@ def test_overflow_repeats_the_pass_with_fewer_bits(caplog):
     assert sequence.overflows == 1
     assert torch.equal(out, again)
     assert relative_error(gradients, reference) == 0
+
+
+class Growing(nn.Module):
+    """Gives a hundred times as much each time it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * 100.0**self.calls
+
+
+def test_a_pass_that_overflows_again_is_an_error_after_one_repetition(caplog):
+    growing = Growing()
+    sequence = ReversibleSequence([growing], Coefficients(0.5, 0.5))
+    with pytest.raises(OverflowError, match=r"measured to peak at .* but reached .* same values"):
+        sequence(tokens(2, 5, 8).requires_grad_())
+    assert growing.calls == 4  # measured, attempted, measured, attempted
+    assert sequence.overflows == 1
+    assert caplog.text.count("is repeated") == 1
 
 
 def test_the_range_is_measured_anew_when_the_streams_grow_otherwise():

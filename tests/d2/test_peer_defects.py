@@ -54,7 +54,8 @@ def test_vitdet_an_image_beyond_the_square_is_not_cropped(tmp_path, name, square
 @pytest.mark.parametrize("key", ["MAX_SIZE_TRAIN", "MAX_SIZE_TEST"])
 def test_vitdet_a_square_below_the_largest_image_is_refused(tmp_path, key):
     cfg = tiny_cfg(tmp_path, "MODEL.VIT.SQUARE_PAD", 64, f"INPUT.{key}", 65)
-    with pytest.raises(ConfigError, match=f"INPUT.{key} is 65 .*SQUARE_PAD 64.*lower the one"):
+    message = f"INPUT.{key} is 65 .*SQUARE_PAD is 64.*lower the former"
+    with pytest.raises(ConfigError, match=message):
         build_backbone(cfg)
 
 

@@ -93,9 +93,8 @@ def test_our_predictor_knows_its_categories_and_gives_arrays(trained, tmp_path, 
     np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor, rtol=1e-5, atol=1e-3)
     assert (found.labels == expected.pred_classes.numpy()).all() and found.masks is None
     coco = tiny_cfg(tmp_path, *opts, "DATASETS.TEST", ["coco_2017_val"])
-    assert Predictor(coco).class_names == tuple(
-        "0123456789"
-    )  # those of DATASETS.TRAIN: COCO has 80
+    # COCO has 80 categories, so the names come from DATASETS.TRAIN.
+    assert Predictor(coco).class_names == tuple("0123456789")
 
 
 def test_our_predictor_gives_masks(tmp_path, canvas):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ def _parse_line(text: str, classes: int, size: tuple[int, int]) -> Row:
         cx, cy, w, h = values
         box = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
         return row | {"bbox": box}
-    points = [value * side for value, side in zip(values, size * (len(values) // 2), strict=True)]
+    points = [value * side for value, side in zip(values, cycle(size))]
     return row | {"bbox": enclosing_box(points), "segmentation": [points]}
 
 
@@ -287,7 +288,7 @@ def _format_line(row: Row, class_index: int, image: LabelledImage) -> str:
     polygons = row.get("segmentation")
     if isinstance(polygons, list) and len(polygons) == 1:
         points = polygons[0]
-        fractions = [v / side for v, side in zip(points, size * (len(points) // 2), strict=True)]
+        fractions = [v / side for v, side in zip(points, cycle(size))]
     else:
         x, y, w, h = row["bbox"]
         fractions = [(x + w / 2) / size[0], (y + h / 2) / size[1], w / size[0], h / size[1]]
