@@ -114,7 +114,7 @@ def test_our_predictor_refuses_what_is_no_whole_detector(trained, tmp_path):
     torch.save(plain_vit_state_dict(model.backbone.net), tmp_path / "vit.pth")
     cut = {key: value for key, value in state.items() if "box_predictor" not in key}
     torch.save({"model": cut}, tmp_path / "cut.pth")
-    for name, message in (("vit", "a backbone, or another"), ("cut", "missing roi_heads.box_pred")):
+    for name, message in (("vit", "a backbone or another"), ("cut", "missing roi_heads.box_pred")):
         with pytest.raises(WeightsError, match=message):
             Predictor(tiny_cfg(tmp_path, "MODEL.WEIGHTS", tmp_path / f"{name}.pth"))
 
