@@ -1,4 +1,8 @@
-"""The Detectron2 side of the project. Importing it registers the backbone builders and FCOS."""
+"""The Detectron2 engine. Importing it registers the backbone builders and FCOS.
+
+In: a YAML config or LazyConfig of Detectron2. Out: a detector that is trained, evaluated and
+resumed by ``run``; or its parts, for a training script of one's own.
+"""
 
 from dr2net_d2.config import add_dr2net_config
 from dr2net_d2.d2.backbone import (

@@ -1,4 +1,8 @@
-"""Detection datasets in COCO format; no detector framework is imported here."""
+"""Datasets: formats, checks, conversion to COCO, tiles, anchors; no detector framework.
+
+In: a dataset's name, folder or file in one of seven formats. Out: ``CocoDataset`` with boxes that
+can be used, or an error that names file, line and value.
+"""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""Parts of a training that both engines share.
+"""What both engines do around an iteration.
 
-The optimizer, the update of the coefficients, guards against values that are not finite, and
-pictures of a finished training.
+In: a model, a config, an iteration. Out: an optimizer, coefficients that have moved, an error
+where a value is not finite, and pictures of the finished training.
 """
 
 from dr2net_d2.training.coefficients import (

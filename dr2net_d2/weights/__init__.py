@@ -1,7 +1,7 @@
-"""Weights: files, formats of pretrained networks, conversion to a model, checkpoints of trainings.
+"""Weights in and out: files, formats of pretrained networks, conversion, checkpoints.
 
-``read_checkpoint`` reads a file, ``convert_*`` fit its tensors to a model with a report on every
-key, ``StrictCheckpointer`` does both for a detector, and ``write_weights`` writes files.
+In: a file (``read_checkpoint``). Out: its tensors fitted to a model with a report on every key
+(``convert_*``, ``StrictCheckpointer``), or an error; and files that others read (``write_weights``).
 """
 
 from dr2net_d2.weights.checkpointer import (
