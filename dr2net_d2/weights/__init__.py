@@ -1,7 +1,7 @@
 """Weights in and out: files, formats of pretrained networks, conversion, checkpoints.
 
-In: a file (``read_checkpoint``). Out: its tensors fitted to a model with a report on every key
-(``convert_*``, ``StrictCheckpointer``), or an error; and files that others read (``write_weights``).
+In: a file (``read_checkpoint``). Out: its tensors fitted to a model, with a report on every key
+(``convert_*``, ``StrictCheckpointer``), or an error; files for others (``write_weights``).
 """
 
 from dr2net_d2.weights.checkpointer import (
