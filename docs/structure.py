@@ -32,15 +32,18 @@ PURPOSES = {
     "tv": "the torchvision engine",
     "weights": "files, formats, checkpoints",
     "training": "optimizer, coefficients, guards, curves",
-    "commands": "command lines",
+    "commands": "options, reports",
     "config": "keys and what they mean",
     "data": "datasets, tiles",
     "evaluation": "metrics, kinds of errors",
     "core": "the method, in PyTorch alone",
-    "errors": "errors for people",
+    "errors": "imported by all",
 }
 
 WIDTH, HEIGHT, GAP, MARGIN = 980, 46, 30, 12
+LEGEND = (
+    "An arrow leads from the importer to what it imports, unless that follows from other arrows."
+)
 CHARACTER = 6.4  # px of the small print
 
 
@@ -101,7 +104,9 @@ def draw(layers: list[list[str]], arrows: set[tuple[str, str]]) -> str:
             f'<text x="{middle:.0f}" y="{top + 19}" class="name">{wing}</text>'
             f'<text x="{middle:.0f}" y="{top + 36}">{escape(PURPOSES[wing])}</text>'
         )
-    height = 2 * MARGIN + len(layers) * (HEIGHT + GAP) - GAP
+    bottom = MARGIN + len(layers) * (HEIGHT + GAP)
+    parts.append(f'<text x="{WIDTH / 2:.0f}" y="{bottom}">{LEGEND}</text>')
+    height = bottom + MARGIN
     body = "\n".join(parts)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"
 font-family="sans-serif">

@@ -38,7 +38,7 @@ def check_config(cfg: CfgNode) -> None:
         value = _remove(cfg, name)
         if value is not None:
             check_value_for_torchvision(name, value, key)
-            logger.info("%s is ignored: only Detectron2 reads it", name)
+            logger.info("%s says what this engine does anyway; only Detectron2 reads it", name)
     for name, key in (HONOURED | DR2NET_KEYS).items():
         if _is_enabled(cfg, name):
             check_value_for_torchvision(name, value_of(cfg, name), key)

@@ -118,7 +118,7 @@ def _set_each(
     if len(alphas) != functions:
         raise ConfigError(
             f"the schedule {schedule_name(schedule)} returned {len(alphas)} pairs (alpha, beta), "
-            f"but the reversible stacks of the model have {functions} functions; return one pair "
+            f"but the reversible stacks of the model have {functions} blocks; return one pair "
             f"for all of them, or {functions}"
         )
     alpha, beta = iter(alphas), iter(betas)

@@ -73,7 +73,7 @@ def test_the_blocks_of_several_stages_are_counted_through(tmp_path, monkeypatch)
 
 def test_another_number_of_pairs_than_blocks_ends_before_the_first_iteration(tmp_path):
     opts = (*OPTS, "MODEL.DR2NET.SCHEDULE.KIND", "my_schedules.three_blocks")
-    with pytest.raises(ConfigError, match=r"three_blocks returned 3 pairs .* have 2 functions"):
+    with pytest.raises(ConfigError, match=r"three_blocks returned 3 pairs .* have 2 blocks"):
         run(arguments(tmp_path, *opts))
     assert not list((tmp_path / "output").glob("*.pth"))
 
