@@ -90,7 +90,7 @@ def late_error(progress):
         (lambda progress: ([], []), ["[0] values"]),
         (lambda progress: (0, 0), ["both 0"]),
         (lambda progress: (float("nan"), 0.5), ["alpha is nan"]),
-        (partial(rising, 3), ["rising", "3 pairs", "4 functions", "or 4"]),
+        (partial(rising, 3), ["rising", "3 pairs", "4 blocks", "or 4"]),
     ],
 )
 def test_what_a_schedule_must_not_return_is_named_and_changes_nothing(schedule, words):
