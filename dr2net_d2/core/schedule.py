@@ -43,9 +43,6 @@ class Constant:
 
     end_beta: float
 
-    def __post_init__(self) -> None:
-        _check_beta("end_beta", self.end_beta)
-
     def __call__(self, moved: float, snap: Snap = float) -> tuple[float, float]:
         beta = snap(self.end_beta)
         return 1 - beta, beta
@@ -60,10 +57,6 @@ class Convex:
 
     start_beta: float
     end_beta: float
-
-    def __post_init__(self) -> None:
-        _check_beta("start_beta", self.start_beta)
-        _check_beta("end_beta", self.end_beta)
 
     def __call__(self, moved: float, snap: Snap = float) -> tuple[float, float]:
         beta = snap(self.start_beta + (self.end_beta - self.start_beta) * moved)
@@ -132,6 +125,9 @@ class CoefficientSchedule:
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
             raise ValueError(f"schedule kind {self.kind!r} is unknown; use one of {[*SCHEDULES]}")
+        for name in ("start_beta", "end_beta"):
+            if not 0 <= (beta := getattr(self, name)) <= 1:
+                raise ValueError(f"schedule {name} is {beta}; it must lie in [0, 1]")
         if not 0 < self.duration <= 1:
             raise ValueError(f"schedule duration is {self.duration}; it must lie in (0, 1]")
         if self.updates < 0:
@@ -154,8 +150,3 @@ class CoefficientSchedule:
         if self.updates:
             moved = math.floor(moved * self.updates) / self.updates
         return self._pair(moved, snap_to_grid if self.exact else float)
-
-
-def _check_beta(name: str, beta: float) -> None:
-    if not 0 <= beta <= 1:
-        raise ValueError(f"schedule {name} is {beta}; it must lie in [0, 1]")

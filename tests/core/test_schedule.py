@@ -87,6 +87,9 @@ def test_snap(beta, snapped):
         ({"duration": 0}, ["duration", "0", "(0, 1]"]),
         ({"updates": -1}, ["updates", "-1"]),
         ({"kind": "constant", "end_beta": -0.5}, ["end_beta", "-0.5", "[0, 1]"]),
+        # Not used by these kinds, and refused all the same.
+        ({"kind": "constant", "start_beta": -1.0}, ["start_beta", "-1", "[0, 1]"]),
+        ({"kind": "alternating", "updates": 4, "end_beta": 2.0}, ["end_beta", "2", "[0, 1]"]),
         ({"kind": "alternating", "updates": 1}, ["updates", "1", "2"]),
     ],
 )
