@@ -7,7 +7,6 @@ In: a file (``read_checkpoint``). Out: its tensors fitted to a model, with a rep
 from dr2net_d2.weights.checkpointer import (
     Converter,
     StrictCheckpointer,
-    find_vit,
     fit_checkpoint,
     load_weights,
     locate_weights,
@@ -30,7 +29,6 @@ __all__ = [
     "convert_vit_checkpoint",
     "describe_vit",
     "find_plain_vit",
-    "find_vit",
     "fit_checkpoint",
     "load_weights",
     "locate_weights",
